@@ -1,0 +1,258 @@
+"""Every message of the protocol, by who receives it. Knows nothing of how they are encoded or carried.
+
+Terms. `layer` is the ordinal of a MoE layer (0-based; dense layers are not counted). A *span* is the run of
+new tokens of one sequence that one step of the decode loop works on. Tensors travel beside a message as
+blobs (see `codec`); each docstring says which blobs a message carries. T token rows, H hidden size.
+Times in a message are durations: clocks of two machines are never compared.
+"""
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+Role = Literal["node", "predictor"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """`length` new tokens of `sequence`, the first at `position`."""
+
+    sequence: int
+    position: int
+    length: int = 1
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """A node agent that takes part in placement."""
+
+    node_id: str
+    slots: int
+
+
+# ---------------------------------------------------------------------------------- node, predictor -> server
+
+
+class Hello(Message):
+    """First message of a peer, repeated until answered by `Welcome` or `Refused`. `incarnation` is drawn anew at
+    each start of the process, so that a restart behind the same id is seen."""
+
+    role: Role
+    peer_id: str
+    incarnation: int
+    package_version: str
+    store_digest: str
+    slots: int = 0
+    budget_bytes: int = 0
+
+
+class SlotReport(Message):
+    """Periodic truth about a node's memory and work, sent with each heartbeat of a node. Counters only grow."""
+
+    used_slots: int
+    accounted_bytes: int
+    arena_bytes: int
+    budget_bytes: int
+    rss_bytes: int
+    loads_total: int
+    loads_failed_total: int
+    loads_cancelled_total: int
+    loads_unused_total: int
+    load_bytes_total: int
+    load_s_total: float
+    compute_s_total: float
+    protocol_errors_total: int
+
+
+class Loaded(Message):
+    """An expert came to rest in a slot; `on_demand` when no forecast had asked for it."""
+
+    layer: int
+    expert: int
+    load_s: float
+    load_bytes: int
+    on_demand: bool
+
+
+class LoadFailed(Message):
+    """An expert could not be loaded (unreadable store, no memory); computes that need it get `ComputeFailed`."""
+
+    layer: int
+    expert: int
+    reason: str
+
+
+class ExpertTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What one expert cost on the node: `outcome` is hit (was in its slot), late (was loading), miss (had to be
+    ordered by the compute itself)."""
+
+    expert: int
+    outcome: Literal["hit", "late", "miss"]
+    wait_s: float
+    compute_s: float
+
+
+class Result(Message):
+    """Answer to a `Compute`. Blob 0: rows_TH, unweighted expert outputs in the order of the request's rows."""
+
+    request_id: int
+    layer: int
+    timings: list[ExpertTiming]
+
+
+class ComputeFailed(Message):
+    """Answer to a `Compute` that could not be served."""
+
+    request_id: int
+    code: Literal["load_failed", "expired", "bad_request", "cancelled"]
+    reason: str
+
+
+class Bye(Message):
+    """The peer leaves on purpose."""
+
+    reason: str
+
+
+# ------------------------------------------------------------------------------------------------- both ways
+
+
+class Heartbeat(Message):
+    """Life sign; `count` grows by one with each."""
+
+    count: int
+
+
+class ProtocolErrorNotice(Message):
+    """The receiver could not accept something it was sent."""
+
+    reason: str
+
+
+# ---------------------------------------------------------------------------------- server -> node, predictor
+
+
+class Welcome(Message):
+    """The peer is taken in. Peer and server send a `Heartbeat` each `heartbeat_s`; either takes the other for
+    lost after `lost_after_s` without any message."""
+
+    heartbeat_s: float
+    lost_after_s: float
+
+
+class Refused(Message):
+    """The peer is not taken in; the reason names what differs and says what to do."""
+
+    reason: str
+
+
+class View(Message):
+    """Who takes part, in placement order. The envelope's epoch is the view's."""
+
+    members: list[Member]
+    group_size: int
+
+
+class Compute(Message):
+    """Compute experts on token rows. Blob 0: rows_TH, rows of experts[0] first (counts[0] of them), and so on.
+    All forecasts for these spans at this layer or before that are not named here are void. After `ttl_s` the
+    server does not want the answer any more."""
+
+    request_id: int
+    spans: list[Span]
+    layer: int
+    experts: list[int]
+    counts: list[int]
+    ttl_s: float
+
+
+class Load(Message):
+    """Load experts ahead of a compute that is certain to come (prefill; the gate has spoken)."""
+
+    spans: list[Span]
+    layer: int
+    experts: list[int]
+
+
+class Release(Message):
+    """The gate has spoken for these spans at this layer and needs none of this node's forecasts for it (nor for
+    layers before)."""
+
+    spans: list[Span]
+    layer: int
+
+
+class Cancel(Message):
+    """The sequence is over: forget its forecasts and computes, free its slots."""
+
+    sequence: int
+
+
+# ----------------------------------------------------------------------------------------- server -> predictor
+
+
+class CacheLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """One decoder layer's share of an `Align`: `kind` kv brings keys and values of the newest `rows` positions
+    (two blobs, [1, heads, rows, dim]); `kind` state replaces the layer's whole recurrent state (`blobs` of them).
+    `length` is how many positions the layer has seen after it."""
+
+    kind: Literal["kv", "state"]
+    rows: int
+    length: int
+    blobs: int
+
+
+class Start(Message):
+    """A sequence begins."""
+
+    sequence: int
+
+
+class Align(Message):
+    """Token and KV alignment. `cache` (one entry a decoder layer, blobs in that order; empty when KV is not
+    aligned this time) brings the shadow's cache to `position` tokens; `tokens` are the next inputs, whose
+    routings the shadow forecasts."""
+
+    sequence: int
+    position: int
+    tokens: list[int]
+    cache: list[CacheLayer]
+
+
+class Rollback(Message):
+    """Forget everything of the sequence from `position` on."""
+
+    sequence: int
+    position: int
+
+
+class End(Message):
+    """The sequence is over."""
+
+    sequence: int
+
+
+# ---------------------------------------------------------------------------------- predictor -> node, server
+
+
+class Schedule(Message):
+    """Forecast of one layer for one span, sent as soon as the shadow's own router has spoken. To a node: the
+    experts that placement gives that node. To the server: all of them."""
+
+    span: Span
+    layer: int
+    experts: list[int]
+
+
+ToServer = (
+    Hello | SlotReport | Loaded | LoadFailed | Result | ComputeFailed | Bye | Heartbeat | ProtocolErrorNotice | Schedule
+)
+ToNode = Welcome | Refused | View | Compute | Load | Release | Cancel | Schedule | Heartbeat | Bye | ProtocolErrorNotice
+ToPredictor = (
+    Welcome | Refused | View | Start | Align | Rollback | End | Hello | Heartbeat | Bye | ProtocolErrorNotice
+)
+AnyMessage = ToServer | ToNode | ToPredictor

@@ -1,0 +1,64 @@
+"""Sleeping until there is something to do. Knows sockets and a file descriptor, no messages."""
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import zmq
+
+if TYPE_CHECKING:
+    from odmoe_wire.link import Link
+
+# A sleep is cut to this, so that no wait is without an end whatever the caller computed.
+MAX_WAIT_S: Final = 60.0
+
+
+class Wake:
+    """A flag that ends a `wait`: set it from any thread; it stays set until cleared."""
+
+    def __init__(self) -> None:
+        self._read_fd, self._write_fd = os.pipe()
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._closed = False
+
+    def set(self) -> None:
+        """End the present or else the next `wait`. After `close` this does nothing."""
+        with self._lock:
+            if not self._is_set and not self._closed:
+                self._is_set = True
+                os.write(self._write_fd, b"\0")
+
+    def clear(self) -> None:
+        """Forget that it was set. Clear first, then look at what was signalled, so that nothing is missed."""
+        with self._lock:
+            if self._is_set and not self._closed:
+                self._is_set = False
+                os.read(self._read_fd, 1)
+
+    def fileno(self) -> int:
+        """Readable while set."""
+        return self._read_fd
+
+    def close(self) -> None:
+        """Give the descriptors back; may be called twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._read_fd)
+                os.close(self._write_fd)
+
+
+def wait(links: "Sequence[Link]", wake: Wake, *, timeout_s: float) -> bool:
+    """Sleep until a link may have something, `wake` is set, or `timeout_s` (rounded up to ms) is over.
+
+    True when it was not the time-out. A link without a socket (loopback) lives in virtual time: no sleep then.
+    """
+    watched: list[tuple[Any, int]] = [(wake.fileno(), zmq.POLLIN)]
+    for link in links:
+        if link.socket is None:
+            return True
+        watched.append((link.socket, zmq.POLLIN))
+    return bool(zmq.zmq_poll(watched, math.ceil(1000 * min(max(timeout_s, 0.0), MAX_WAIT_S))))

@@ -1,0 +1,1 @@
+"""The main node: HTTP API, decode loop, attention, routers, and the cluster of node agents."""

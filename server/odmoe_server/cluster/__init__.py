@@ -1,0 +1,1 @@
+"""The cluster of node agents and the predictor, seen from the server."""

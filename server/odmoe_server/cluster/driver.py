@@ -1,0 +1,228 @@
+"""Drives the cluster's state machine: owns the socket and the clock, carries the tensors. Decides nothing.
+
+`submit`, `post` and `end_sequence` may be called and `snapshot` read from any thread; everything else happens on
+the thread in `run`, or, in single-threaded tests, in `pump`.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
+
+import torch
+
+from odmoe_model.tensors import from_blob, to_blob
+from odmoe_server.cluster.calls import CallError, PendingCall
+from odmoe_server.cluster.events import (
+    Action,
+    CallAbandoned,
+    CallFailed,
+    CallRequested,
+    Event,
+    LayerCall,
+    Note,
+    PartDone,
+    PeerMessage,
+    PeerUnreachable,
+    Send,
+    SendCompute,
+    SequenceEnded,
+    TimePassed,
+)
+from odmoe_server.cluster.snapshot import snapshot_of
+from odmoe_server.cluster.state import ClusterState
+from odmoe_wire.codec import Blob, Received
+from odmoe_wire.link import Link, PeerGone
+from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result
+from odmoe_wire.waiting import Wake, wait
+
+log = logging.getLogger(__name__)
+
+# The state machine hears of the time at least this often, so that no deadline is missed by much.
+TICK_S = 0.05
+# Beyond the call's own deadline: the state machine fails the call, this only guards against a dead driver.
+GRACE_S = 5.0
+
+
+class ClusterDriver:
+    """One per server. `pump_while_waiting` is for tests in which all roles share one thread."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        *,
+        link: Link,
+        clock: Callable[[], float] = time.monotonic,
+        pump_while_waiting: Callable[[], None] | None = None,
+    ) -> None:
+        self.state = state
+        self.link = link
+        self.driver_errors_total = 0
+        self.snapshot = snapshot_of(state, protocol_errors=0)
+        self._clock = clock
+        self._pump_while_waiting = pump_while_waiting
+        self._wake = Wake()
+        self._inbox: deque[Callable[[float], None]] = deque()
+        self._pending: dict[int, PendingCall] = {}
+        self._last_call_id = 0
+        self._next_tick_s = 0.0
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------------------------------ from any thread
+
+    def submit(self, call: LayerCall, rows: Mapping[int, torch.Tensor]) -> PendingCall:
+        """Ask for a layer's experts; `rows` maps each of them to its x_NH. `await_call` has the answer."""
+        pending = PendingCall(call=call, rows=rows)
+        self._later(lambda now: self._begin(pending, now))
+        return pending
+
+    def await_call(self, pending: PendingCall) -> PendingCall:
+        """Wait until all experts' rows are there. Raises CallError when the cluster cannot serve it in time."""
+        timeout_s = self.state.config.call_timeout_s + GRACE_S
+        if self._pump_while_waiting is not None:
+            while not pending.done.is_set():
+                self._pump_while_waiting()
+        elif not pending.done.wait(timeout_s):
+            self._later(lambda now: self._do(CallAbandoned(call_id=pending.call.call_id), now))
+            raise CallError("the cluster's thread does not answer")
+        if pending.failure is not None:
+            raise CallError(pending.failure)
+        return pending
+
+    def post(self, message: AnyMessage, *, blobs: Sequence[Blob] = ()) -> None:
+        """Send a message to the predictor, if there is one."""
+        self._later(lambda _now: self._to_predictor(message, blobs))
+
+    def end_sequence(self, sequence: int) -> None:
+        """Tell everybody that a sequence is over."""
+        self._later(lambda now: self._do(SequenceEnded(sequence=sequence), now))
+
+    def next_call_id(self) -> int:
+        """Ids are drawn by the one decode loop, so no lock is needed."""
+        self._last_call_id += 1
+        return self._last_call_id
+
+    # ---------------------------------------------------------------------------------------- own thread
+
+    def start(self) -> None:
+        """Run on a thread of its own."""
+        self._thread = threading.Thread(target=self.run, name="cluster", daemon=True)
+        self._thread.start()
+
+    def stop(self, *, timeout_s: float = 5.0) -> None:
+        """Say goodbye to the peers and end the thread."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self._wake.close()
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while not self._stopping.is_set():
+            try:
+                wait([self.link], self._wake, timeout_s=TICK_S)
+                self.pump(self._clock())
+            except Exception:  # outermost loop: one bad event must not end all requests
+                self.driver_errors_total += 1
+                log.exception("the cluster's thread failed on an event")
+        for peer_id in list(self.state.peers.admitted):
+            self._send(peer_id, Bye(reason="the server stops"), epoch=self.state.peers.epoch)
+        self.link.close()
+
+    def pump(self, now: float) -> bool:
+        """Handle all that waits; True if anything did."""
+        self._wake.clear()
+        busy = False
+        while self._inbox:
+            busy = True
+            self._inbox.popleft()(now)
+        while (item := self.link.receive()) is not None:
+            busy = True
+            self._received(*item, now)
+        if now >= self._next_tick_s:
+            self._next_tick_s = now + TICK_S
+            self._do(TimePassed(), now)
+            self._take_snapshot()
+        elif self.snapshot.epoch != self.state.peers.epoch:
+            self._take_snapshot()
+        return busy
+
+    # -------------------------------------------------------------------------------------------- insides
+
+    def _take_snapshot(self) -> None:
+        errors = self.link.protocol_errors + self.driver_errors_total
+        self.snapshot = snapshot_of(self.state, protocol_errors=errors)
+
+    def _later(self, job: Callable[[float], None]) -> None:
+        self._inbox.append(job)
+        self._wake.set()
+
+    def _begin(self, pending: PendingCall, now: float) -> None:
+        call = pending.call
+        pending.predicted = self.state.dispatch.predicted(call.spans, call.layer)
+        self._pending[call.call_id] = pending
+        self._do(CallRequested(call=call), now)
+
+    def _received(self, peer_id: str, received: Received, now: float) -> None:
+        message = received.message
+        rows_NH: torch.Tensor | None = None
+        if isinstance(message, Result):
+            rows_NH = from_blob(received.blobs[0])
+            if not self._fits(message, rows_NH):
+                message = ComputeFailed(
+                    request_id=message.request_id,
+                    code="bad_request",
+                    reason="its result has another shape or dtype",
+                )
+        self._do(PeerMessage(peer_id=peer_id, epoch=received.epoch, message=message), now, rows_NH=rows_NH)
+
+    def _fits(self, result: Result, rows_NH: torch.Tensor) -> bool:
+        """Whether a result is shaped as its request asks; one that nobody waits for fits anything."""
+        request = self.state.dispatch.requests.get(result.request_id)
+        if request is None:
+            return True
+        pending = self._pending[request.call_id]
+        sample_NH = pending.rows[request.experts[0]]
+        num_rows = sum(pending.call.counts[expert] for expert in request.experts)
+        return rows_NH.shape == (num_rows, sample_NH.shape[-1]) and rows_NH.dtype == sample_NH.dtype
+
+    def _do(self, event: Event, now: float, *, rows_NH: torch.Tensor | None = None) -> None:
+        for action in self.state.handle(event, now):
+            self._act(action, rows_NH)
+
+    def _act(self, action: Action, rows_NH: torch.Tensor | None) -> None:
+        match action:
+            case Send():
+                self._send(action.peer_id, action.message, epoch=action.epoch)
+            case SendCompute():
+                rows = self._pending[action.call_id].blob_rows(action.message.experts)
+                self._send(action.peer_id, action.message, epoch=action.epoch, blobs=[to_blob(rows)])
+            case PartDone():
+                assert rows_NH is not None
+                pending = self._pending[action.call_id]
+                pending.accept(action, rows_NH)
+                if action.last:
+                    del self._pending[action.call_id]
+            case CallFailed():
+                self._pending.pop(action.call_id).fail(action.reason)
+            case Note():
+                log.log(logging.INFO if action.level == "info" else logging.WARNING, "%s", action.text)
+            case _:
+                assert_never(action)
+
+    def _send(self, peer_id: str, message: AnyMessage, *, epoch: int, blobs: Sequence[Blob] = ()) -> None:
+        """A peer that cannot be reached is an event of its own, handled before anything else is."""
+        try:
+            self.link.send(peer_id, message, epoch=epoch, blobs=blobs)
+        except PeerGone:
+            if peer_id in self.state.peers.admitted and not isinstance(message, Bye):
+                self._later(lambda now: self._do(PeerUnreachable(peer_id=peer_id), now))
+
+    def _to_predictor(self, message: AnyMessage, blobs: Sequence[Blob]) -> None:
+        predictor = self.state.peers.predictor()
+        if predictor is not None:
+            self._send(predictor.hello.peer_id, message, epoch=self.state.peers.epoch, blobs=blobs)

@@ -1,0 +1,123 @@
+"""What can happen to the cluster (events) and what it decides to do (actions). Plain frozen data.
+
+Knows the wire's messages; knows no socket, clock, thread or tensor. Expert rows never come here: a call is known by
+its id and its row counts, the driver keeps the rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from odmoe_wire.messages import AnyMessage, Compute, ExpertTiming, Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCall:
+    """The gate of one MoE layer has spoken: `counts` maps each chosen expert to its number of token rows."""
+
+    call_id: int
+    spans: tuple[Span, ...]
+    layer: int
+    counts: Mapping[int, int]
+
+
+# ------------------------------------------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRequested:
+    """The decode loop asks for a layer's experts."""
+
+    call: LayerCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallAbandoned:
+    """The decode loop does not wait for this call any more."""
+
+    call_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceEnded:
+    """A sequence is over, finished or cancelled."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerMessage:
+    """A checked message came in from a peer."""
+
+    peer_id: str
+    epoch: int
+    message: AnyMessage
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerUnreachable:
+    """A send to the peer failed: no route, or its pipe is full."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimePassed:
+    """Nothing but the clock; comes several times a heartbeat."""
+
+
+Event = CallRequested | CallAbandoned | SequenceEnded | PeerMessage | PeerUnreachable | TimePassed
+
+
+# ----------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Send:
+    """Send a message without blobs."""
+
+    peer_id: str
+    message: AnyMessage
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendCompute:
+    """Send a compute; the driver adds the rows of `message.experts` of the call."""
+
+    peer_id: str
+    message: Compute
+    epoch: int
+    call_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartDone:
+    """The result now being handled brings the rows of `wanted` (a subset of `experts`, the others came earlier from
+    another node); `experts` and `counts` tell how the rows lie. `last` when the call is complete."""
+
+    call_id: int
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+    wanted: frozenset[int]
+    timings: tuple[ExpertTiming, ...]
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallFailed:
+    """The call cannot be served; `reason` is for the log and names no internals a client must not see."""
+
+    call_id: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something a person should find in the log."""
+
+    level: Literal["info", "warning"]
+    text: str
+
+
+Action = Send | SendCompute | PartDone | CallFailed | Note

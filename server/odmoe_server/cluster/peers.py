@@ -1,0 +1,139 @@
+"""Who takes part: hello, view and epoch, life signs. Pure: time comes in as an argument.
+
+Knows nothing of layers, experts or calls. A peer that does not fit is refused with a message that names what
+differs on both sides.
+"""
+
+from dataclasses import dataclass, field
+
+from odmoe_server.cluster.events import Action, Note, Send
+from odmoe_wire.liveness import Liveness
+from odmoe_wire.messages import Heartbeat, Hello, Member, Refused, SlotReport, View, Welcome
+
+MAX_DEPARTED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What the server demands of its peers and how it times them. `group_size` is the model's top-k unless the
+    operator says otherwise."""
+
+    store_digest: str
+    package_version: str
+    num_layers: int
+    num_experts: int
+    group_size: int
+    heartbeat_s: float = 0.25
+    lost_after_s: float = 1.5
+    compute_floor_s: float = 2.0
+    compute_cap_s: float = 30.0
+    call_timeout_s: float = 60.0
+
+
+@dataclass(kw_only=True)
+class Peer:
+    """An admitted node agent or predictor. Mutated by `Peers` only."""
+
+    hello: Hello
+    liveness: Liveness
+    heartbeats_sent: int = 0
+    report: SlotReport | None = None
+
+
+@dataclass(kw_only=True)
+class Peers:
+    """The admitted peers and the epoch, which grows with each change among them."""
+
+    config: ClusterConfig
+    epoch: int = 0
+    admitted: dict[str, Peer] = field(default_factory=dict)
+    # The last known of those who left; they are shown as down until they return.
+    departed: dict[str, Peer] = field(default_factory=dict)
+    rejoins_total: int = 0
+
+    def members(self) -> list[Member]:
+        """Node agents in placement order: by id, so that every role and every restart agrees."""
+        nodes = (peer.hello for peer in self.admitted.values() if peer.hello.role == "node")
+        return [Member(hello.peer_id, hello.slots) for hello in sorted(nodes, key=lambda hello: hello.peer_id)]
+
+    def predictor(self) -> Peer | None:
+        """The one predictor, if it is there."""
+        return next((peer for peer in self.admitted.values() if peer.hello.role == "predictor"), None)
+
+    def heard(self, peer_id: str, now: float) -> None:
+        """Any message is a life sign."""
+        self.admitted[peer_id].liveness.heard(now)
+
+    def admit(self, peer_id: str, hello: Hello, now: float) -> list[Action]:
+        """Take a peer in, or refuse it. The caller has removed a former incarnation already."""
+        reason = self._misfit(peer_id, hello)
+        if reason is not None:
+            return [
+                Send(peer_id=peer_id, message=Refused(reason=reason), epoch=self.epoch),
+                Note(level="warning", text=f"refused {hello.role} {peer_id}: {reason}"),
+            ]
+        welcome = Welcome(heartbeat_s=self.config.heartbeat_s, lost_after_s=self.config.lost_after_s)
+        known = self.admitted.get(peer_id)
+        if known is not None:  # its first welcome was lost on the way; nothing has changed
+            known.liveness.heard(now)
+            return [Send(peer_id=peer_id, message=welcome, epoch=self.epoch), self._view_for(peer_id)]
+        self.epoch += 1
+        liveness = Liveness(heartbeat_s=self.config.heartbeat_s, lost_after_s=self.config.lost_after_s, started_s=now)
+        self.admitted[peer_id] = Peer(hello=hello, liveness=liveness)
+        self.rejoins_total += self.departed.pop(peer_id, None) is not None
+        return [
+            Send(peer_id=peer_id, message=welcome, epoch=self.epoch),
+            *self.announce(),
+            Note(level="info", text=f"{hello.role} {peer_id} joined (epoch {self.epoch}, {hello.slots} slots)"),
+        ]
+
+    def remove(self, peer_id: str, *, reason: str) -> list[Action]:
+        """Forget a peer and tell the others."""
+        peer = self.departed[peer_id] = self.admitted.pop(peer_id)
+        while len(self.departed) > MAX_DEPARTED:  # ids are the peers' own: bound what they can make us keep
+            del self.departed[next(iter(self.departed))]
+        self.epoch += 1
+        text = f"{peer.hello.role} {peer_id} left (epoch {self.epoch}): {reason}"
+        return [*self.announce(), Note(level="warning", text=text)]
+
+    def announce(self) -> list[Action]:
+        """The present view, to everybody."""
+        return [self._view_for(peer_id) for peer_id in self.admitted]
+
+    def lost(self, now: float) -> list[str]:
+        """Peers that have been silent for too long."""
+        return [peer_id for peer_id, peer in self.admitted.items() if peer.liveness.lost(now)]
+
+    def heartbeats(self, now: float) -> list[Action]:
+        """Life signs that are due to the peers."""
+        beats: list[Action] = []
+        for peer_id, peer in self.admitted.items():
+            if peer.liveness.due(now):
+                peer.liveness.said(now)
+                peer.heartbeats_sent += 1
+                beat = Heartbeat(count=peer.heartbeats_sent)
+                beats.append(Send(peer_id=peer_id, message=beat, epoch=self.epoch))
+        return beats
+
+    def _view_for(self, peer_id: str) -> Send:
+        view = View(members=self.members(), group_size=self.config.group_size)
+        return Send(peer_id=peer_id, message=view, epoch=self.epoch)
+
+    def _misfit(self, peer_id: str, hello: Hello) -> str | None:
+        """Why this peer cannot be taken in; None when it can."""
+        config = self.config
+        if hello.peer_id != peer_id:
+            return f"the connection is {peer_id!r} but the hello says {hello.peer_id!r}"
+        if hello.package_version != config.package_version:
+            return f"odmoe {hello.package_version} here, odmoe {config.package_version} at the server: install the same"
+        if hello.store_digest != config.store_digest:
+            return (
+                f"its store has digest {hello.store_digest[:16]}, the server's {config.store_digest[:16]}: "
+                "give both the same prepared store"
+            )
+        if hello.role == "node" and hello.slots < 1:
+            return "a node agent needs at least one slot"
+        predictor = self.predictor()
+        if hello.role == "predictor" and predictor is not None and predictor.hello.peer_id != peer_id:
+            return f"there is a predictor already: {predictor.hello.peer_id}"
+        return None

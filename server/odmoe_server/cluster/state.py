@@ -1,0 +1,153 @@
+"""The cluster's state machine: events in, actions out. Pure: no socket, no clock, no thread, no tensor.
+
+Puts together who takes part (`peers`) and who computes what (`dispatch`), and keeps a short story of what happened.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from odmoe_server.cluster.dispatch import Dispatch
+from odmoe_server.cluster.events import (
+    Action,
+    CallAbandoned,
+    CallRequested,
+    Event,
+    Note,
+    PeerMessage,
+    PeerUnreachable,
+    Send,
+    SequenceEnded,
+    TimePassed,
+)
+from odmoe_server.cluster.peers import ClusterConfig, Peer, Peers
+from odmoe_wire.messages import (
+    AnyMessage,
+    Bye,
+    Cancel,
+    ComputeFailed,
+    End,
+    Hello,
+    LoadFailed,
+    ProtocolErrorNotice,
+    Result,
+    Schedule,
+    SlotReport,
+)
+
+STORY_LENGTH = 200
+
+
+@dataclass(kw_only=True)
+class ClusterState:
+    """Mutated by `handle` alone, from one thread."""
+
+    config: ClusterConfig
+    peers: Peers = field(init=False)
+    dispatch: Dispatch = field(init=False)
+    stale_total: int = 0
+    story: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+
+    def __post_init__(self) -> None:
+        self.peers = Peers(config=self.config)
+        self.dispatch = Dispatch(config=self.config)
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What is to be done about an event, in order."""
+        actions = self._handle(event, now)
+        self.story.extend((now, action.text) for action in actions if isinstance(action, Note))
+        return actions
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case CallRequested():
+                return self.dispatch.begin(event.call, self.peers.members(), epoch=self.peers.epoch, now=now)
+            case CallAbandoned():
+                self.dispatch.abandon(event.call_id)
+                return []
+            case SequenceEnded():
+                return self._sequence_ended(event.sequence)
+            case PeerMessage():
+                return self._message(event, now)
+            case PeerUnreachable():
+                return self._lost(event.peer_id, now, reason="it cannot be reached")
+            case TimePassed():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def _message(self, event: PeerMessage, now: float) -> list[Action]:
+        peer_id, message = event.peer_id, event.message
+        if isinstance(message, Hello):
+            return self._hello(peer_id, message, now)
+        peer = self.peers.admitted.get(peer_id)
+        if peer is None:  # it took us for alive over our restart, or we took it for dead over its pause
+            bye = Bye(reason="not admitted: say hello")
+            return [Send(peer_id=peer_id, message=bye, epoch=self.peers.epoch)]
+        self.peers.heard(peer_id, now)
+        return self._from_admitted(peer, event.epoch, message, now)
+
+    def _from_admitted(self, peer: Peer, epoch: int, message: AnyMessage, now: float) -> list[Action]:
+        peer_id = peer.hello.peer_id
+        match message:
+            case Result():
+                return self.dispatch.result(peer_id, message, now=now)
+            case Schedule():
+                self._schedule(peer, epoch, message)
+                return []
+            case SlotReport():
+                peer.report = message
+                return []
+            case ComputeFailed():
+                text = f"node {peer_id} could not compute: {message.code}: {message.reason}"
+                retry = self.dispatch.refused(message.request_id, self.peers.members(), epoch=self.peers.epoch, now=now)
+                return [Note(level="warning", text=text), *retry]
+            case LoadFailed():
+                where = f"layer {message.layer} expert {message.expert}"
+                return [Note(level="warning", text=f"node {peer_id} could not load {where}: {message.reason}")]
+            case Bye():
+                return self._lost(peer_id, now, reason=message.reason)
+            case ProtocolErrorNotice():
+                return [Note(level="warning", text=f"{peer_id} did not accept a message: {message.reason}")]
+            case _:  # heartbeats and load reports have served as life signs
+                return []
+
+    def _schedule(self, peer: Peer, epoch: int, schedule: Schedule) -> None:
+        """Nodes drop forecasts placed by an older view, so they must not count here either."""
+        if peer.hello.role != "predictor" or epoch != self.peers.epoch:
+            self.stale_total += 1
+            return
+        self.dispatch.forecast(schedule)
+
+    def _hello(self, peer_id: str, hello: Hello, now: float) -> list[Action]:
+        known = self.peers.admitted.get(peer_id)
+        before: list[Action] = []
+        if known is not None and known.hello.incarnation != hello.incarnation:
+            before = self._lost(peer_id, now, reason="it was restarted")
+        epoch_before = self.peers.epoch
+        admitted = self.peers.admit(peer_id, hello, now)
+        if self.peers.epoch != epoch_before:
+            self.dispatch.forecasts.clear()  # they were placed by a view that is over
+        return before + admitted
+
+    def _lost(self, peer_id: str, now: float, *, reason: str) -> list[Action]:
+        if peer_id not in self.peers.admitted:
+            return []
+        actions = self.peers.remove(peer_id, reason=reason)
+        self.dispatch.forecasts.clear()  # they were placed by a view that is over
+        return actions + self.dispatch.node_lost(peer_id, self.peers.members(), epoch=self.peers.epoch, now=now)
+
+    def _sequence_ended(self, sequence: int) -> list[Action]:
+        self.dispatch.forget(sequence)
+        cancel, end = Cancel(sequence=sequence), End(sequence=sequence)
+        return [
+            Send(peer_id=peer_id, message=cancel if peer.hello.role == "node" else end, epoch=self.peers.epoch)
+            for peer_id, peer in self.peers.admitted.items()
+        ]
+
+    def _tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for peer_id in self.peers.lost(now):
+            actions += self._lost(peer_id, now, reason=f"silent for {self.config.lost_after_s} s")
+        actions += self.dispatch.tick(self.peers.members(), epoch=self.peers.epoch, now=now)
+        return actions + self.peers.heartbeats(now)

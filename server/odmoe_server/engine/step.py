@@ -1,0 +1,73 @@
+"""One step of the decode loop: the fresh tokens of each sequence through the model, and the shadow kept in line.
+
+Knows the stock transformers model, the experts' handler and the predictor's messages; knows no queue and no client.
+A step takes q >= 1 fresh tokens of each of b >= 1 sequences; the sequences' forwards follow one another.
+
+V vocabulary.
+"""
+
+from collections.abc import Sequence as Batch
+
+import torch
+from transformers import PreTrainedModel
+
+from odmoe_model.kvcache import export_cache
+from odmoe_model.tensors import to_blob
+from odmoe_server.cluster.driver import ClusterDriver
+from odmoe_server.engine.sequence import Sequence
+from odmoe_server.moe.remote import RemoteExperts, Tally
+from odmoe_wire.messages import Align, Span, Start
+
+
+class Stepper:
+    """Runs steps; one per server, used by one thread."""
+
+    def __init__(self, model: PreTrainedModel, *, experts: RemoteExperts, cluster: ClusterDriver, total: Tally) -> None:
+        self._model = model
+        self._experts = experts
+        self._cluster = cluster
+        self._total = total
+
+    def step(self, batch: Batch[Sequence]) -> list[torch.Tensor]:
+        """logits_V after the last fresh token of each sequence, whose caches then hold all fresh tokens.
+
+        Raises CallError when the cluster cannot serve a layer.
+        """
+        for sequence in batch:
+            self._align(sequence)
+        return [self._forward(sequence) for sequence in batch]
+
+    @torch.inference_mode()
+    def _forward(self, sequence: Sequence) -> torch.Tensor:
+        span = Span(sequence.sequence_id, sequence.position, len(sequence.fresh_ids))
+        self._experts.spans = (span,)
+        # A prompt has no forecast, so it would only blur what the forecasts are worth.
+        self._experts.tallies = (sequence.decode_tally, self._total) if sequence.position else ()
+        output = self._model(
+            input_ids=torch.tensor([sequence.fresh_ids], device=self._model.device),
+            past_key_values=sequence.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        sequence.advance()
+        logits_V: torch.Tensor = output.logits[0, -1]
+        return logits_V
+
+    def _align(self, sequence: Sequence) -> None:
+        """Token and KV alignment (OD-MoE section 3.2): the shadow departs with the token just sampled and with our KV
+        of all it has not got from us yet. A prompt is not forecast: nearly every expert is active."""
+        predictor = self._cluster.snapshot.predictor_incarnation
+        if predictor is None or sequence.position == 0:
+            return
+        if sequence.shadowed_by != predictor:
+            sequence.shadowed_by, sequence.shadowed_to = predictor, 0
+            self._cluster.post(Start(sequence=sequence.sequence_id))
+        layers, tensors = export_cache(sequence.cache, rows=sequence.position - sequence.shadowed_to)
+        align = Align(
+            sequence=sequence.sequence_id,
+            position=sequence.position,
+            tokens=list(sequence.fresh_ids),
+            cache=layers,
+        )
+        self._cluster.post(align, blobs=[to_blob(tensor) for tensor in tensors])
+        sequence.shadowed_to = sequence.position

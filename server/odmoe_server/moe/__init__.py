@@ -1,0 +1,1 @@
+"""The MoE layer whose experts live on other machines."""

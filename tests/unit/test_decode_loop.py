@@ -1,0 +1,262 @@
+"""The decode loop alone, with a scripted model: order, bounds, ends, cancellation, failures. Real thread, no sleep."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from odmoe_server.cluster.calls import CallError
+from odmoe_server.engine.api import (
+    Finished,
+    GenerationFailed,
+    GenerationRequest,
+    NotReady,
+    QueueFull,
+    Sampling,
+    Token,
+)
+from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
+from odmoe_server.engine.sampling import Sampler
+from odmoe_server.moe.remote import Tally
+
+END_ID = 2
+VOCABULARY = 16
+WAIT_S = 10.0
+
+
+@dataclass
+class ScriptedStepper:
+    """Gives each sequence the tokens its prompt asks for: prompt (5, 6, 7) is answered 5, 6, 7. A step may be held
+    at the gate, and token 13 makes the cluster fail, 14 the model itself."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    order: list[int] = field(default_factory=list)
+
+    def step(self, batch: Any) -> list[torch.Tensor]:
+        assert self.gate.wait(WAIT_S)
+        (sequence,) = batch
+        self.order.append(sequence.sequence_id)
+        script = [*sequence.request.prompt_ids, END_ID]
+        token = script[min(sequence.completion_tokens, len(script) - 1)]
+        if token == 13:
+            raise CallError("no node")
+        if token == 14:
+            raise RuntimeError("a bug")
+        sequence.advance()
+        return [torch.nn.functional.one_hot(torch.tensor(token), VOCABULARY).float()]
+
+
+@dataclass
+class FakeSnapshot:
+    num_nodes_alive: int = 1
+    predictor_incarnation: int | None = None
+    peers: tuple[Any, ...] = ()
+    failovers_total: int = 0
+    protocol_errors_total: int = 0
+
+
+@dataclass
+class FakeCluster:
+    snapshot: FakeSnapshot = field(default_factory=FakeSnapshot)
+    ended: list[int] = field(default_factory=list)
+
+    def end_sequence(self, sequence: int) -> None:
+        self.ended.append(sequence)
+
+
+@dataclass
+class Running:
+    loop: DecodeLoop
+    stepper: ScriptedStepper
+    cluster: FakeCluster
+    loaded: threading.Event
+
+
+@contextmanager
+def running(*, max_queued: int = 4, load: Callable[[], Loaded] | None = None) -> Iterator[Running]:
+    stepper, cluster, loaded = ScriptedStepper(), FakeCluster(), threading.Event()
+    stepper.gate.set()
+
+    def load_scripted() -> Loaded:
+        assert loaded.wait(WAIT_S)
+        return Loaded(stepper=stepper, new_cache=lambda: None, total=Tally())  # type: ignore[arg-type, return-value]
+
+    limits = EngineLimits(context_length=64, end_ids=frozenset({END_ID}), max_queued=max_queued)
+    loop = DecodeLoop(cluster=cluster, limits=limits, load=load or load_scripted)  # type: ignore[arg-type]
+    loop.start()
+    loaded.set()
+    try:
+        yield Running(loop, stepper, cluster, loaded)
+    finally:
+        stepper.gate.set()
+        loop.stop()
+
+
+def request(*prompt_ids: int, max_tokens: int = 32, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest(
+        request_id="r",
+        prompt_ids=prompt_ids,
+        max_tokens=max_tokens,
+        sampling=Sampling(**{"temperature": 0.0, **sampling}),
+    )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def collect(generator: AsyncGenerator[Token | Finished, None]) -> tuple[list[int], Finished | None]:
+    tokens: list[int] = []
+    async for event in generator:
+        if isinstance(event, Finished):
+            return tokens, event
+        tokens.append(event.token_id)
+    return tokens, None
+
+
+def serve(scenario: Callable[[Running], Any], **options: Any) -> None:
+    with running(**options) as r:
+
+        async def run() -> None:
+            await until(lambda: r.loop.health().state != "loading")
+            await scenario(r)
+
+        asyncio.run(run())
+
+
+def test_tokens_come_in_order_and_the_end_token_is_counted_but_not_delivered() -> None:
+    async def scenario(r: Running) -> None:
+        tokens, finished = await collect(r.loop.generate(request(5, 6, 7)))
+        assert tokens == [5, 6, 7]
+        assert finished is not None
+        assert (finished.reason, finished.prompt_tokens, finished.completion_tokens) == ("stop", 3, 4)
+        health = r.loop.health()
+        assert (health.prompt_tokens_total, health.generation_tokens_total) == (3, 4)
+
+    serve(scenario)
+
+
+def test_max_tokens_ends_with_length_and_ignore_eos_goes_on() -> None:
+    async def scenario(r: Running) -> None:
+        tokens, finished = await collect(r.loop.generate(request(5, 6, 7, max_tokens=2)))
+        assert (tokens, finished and finished.reason) == ([5, 6], "length")
+        tokens, finished = await collect(r.loop.generate(request(5, max_tokens=3, ignore_eos=True)))
+        assert (tokens, finished and finished.reason) == ([5, END_ID, END_ID], "length")
+        tokens, finished = await collect(r.loop.generate(request(5, 6, stop_token_ids=frozenset({6}))))
+        assert (tokens, finished and finished.reason) == ([5], "stop")
+
+    serve(scenario)
+
+
+def test_requests_are_served_in_the_order_they_came_and_the_queue_is_bounded() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        tasks = [asyncio.create_task(collect(r.loop.generate(request(5)))) for _ in range(1)]
+        await until(lambda: r.loop.health().running == 1)
+        for _ in range(2):
+            tasks.append(asyncio.create_task(collect(r.loop.generate(request(5)))))
+            await until(lambda: r.loop.health().queued == len(tasks) - 1)
+        with pytest.raises(QueueFull) as full:
+            await collect(r.loop.generate(request(5)))
+        assert full.value.retry_after_s > 0
+        r.stepper.gate.set()
+        assert [tokens for tokens, _ in await asyncio.gather(*tasks)] == [[5]] * 3
+        assert r.stepper.order == [1, 1, 2, 2, 3, 3]
+
+    serve(scenario, max_queued=2)
+
+
+def test_a_consumer_that_goes_away_ends_its_sequence_within_a_step() -> None:
+    async def scenario(r: Running) -> None:
+        generator = r.loop.generate(request(*([5] * 30)))
+        assert await anext(generator) == Token(5)
+        r.stepper.gate.clear()
+        await generator.aclose()
+        steps = len(r.stepper.order)
+        r.stepper.gate.set()
+        await until(lambda: r.cluster.ended == [1])
+        assert len(r.stepper.order) <= steps + 2  # one may have been under way, one at the gate
+        assert r.loop.health().running == 0
+
+    serve(scenario)
+
+
+def test_a_cluster_failure_fails_the_request_and_the_next_one_is_served() -> None:
+    async def scenario(r: Running) -> None:
+        for broken in (13, 14):
+            with pytest.raises(GenerationFailed):
+                await collect(r.loop.generate(request(5, broken)))
+            tokens, _ = await collect(r.loop.generate(request(5)))
+            assert tokens == [5]
+        assert r.loop.health().failures_total == 1
+        assert r.cluster.ended == [1, 2, 3, 4]
+
+    serve(scenario)
+
+
+def test_no_node_means_waiting_and_not_ready() -> None:
+    async def scenario(r: Running) -> None:
+        r.cluster.snapshot.num_nodes_alive = 0
+        assert r.loop.health().state == "waiting"
+        with pytest.raises(NotReady, match="node agent"):
+            await collect(r.loop.generate(request(5)))
+
+    serve(scenario)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_does_not_hang() -> None:
+    def broken() -> Loaded:
+        raise OSError("no such file")
+
+    async def scenario(r: Running) -> None:
+        assert r.loop.health().state == "dead"
+        with pytest.raises(NotReady, match="could not be loaded"):
+            await collect(r.loop.generate(request(5)))
+
+    serve(scenario, load=broken)
+
+
+def test_stopping_leaves_nobody_waiting() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        tasks = [asyncio.create_task(collect(r.loop.generate(request(5, 6)))) for _ in range(3)]
+        await until(lambda: r.loop.health().queued == 2)
+        stop = asyncio.create_task(asyncio.to_thread(r.loop.stop))
+        await until(lambda: r.loop.health().state == "stopping")
+        r.stepper.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, NotReady) for result in results)
+        await stop
+
+    serve(scenario)
+
+
+class TestSampler:
+    logits_V = torch.tensor([0.0, 3.0, 1.0, 2.9])
+
+    def test_greedy_takes_the_highest_and_the_first_of_equals(self) -> None:
+        assert Sampler(Sampling(temperature=0.0)).next_token(self.logits_V) == 1
+        assert Sampler(Sampling(temperature=0.0)).next_token(torch.tensor([1.0, 2.0, 2.0])) == 1
+
+    def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(self) -> None:
+        def draw(seed: int) -> list[int]:
+            sampler = Sampler(Sampling(temperature=1.5, seed=seed))
+            return [sampler.next_token(self.logits_V) for _ in range(40)]
+
+        assert draw(1) == draw(1)
+        assert draw(1) != draw(2)
+
+    def test_top_p_and_temperature_narrow_the_choice(self) -> None:
+        for sampling in (Sampling(top_p=0.4, seed=0), Sampling(temperature=0.01, seed=0)):
+            sampler = Sampler(sampling)
+            assert {sampler.next_token(self.logits_V) for _ in range(50)} == {1}
+        sampler = Sampler(Sampling(top_p=0.9, seed=0))
+        assert {sampler.next_token(self.logits_V) for _ in range(200)} == {1, 3}
+
