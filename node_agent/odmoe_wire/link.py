@@ -193,7 +193,10 @@ class RouterLink(_ZmqLink):
 
     def _admit_only(self, keys: CurveKeys, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         self._gatekeeper = Gatekeeper(context, keys=keys)
-        self._gatekeeper.start()
+        try:
+            self._gatekeeper.start()
+        except zmq.ZMQError as error:
+            raise endpoints.EndpointError(f"cannot check keys twice in one context: {error.strerror}") from None
         self._socket.curve_server = True
         self._socket.curve_publickey = keys.public
         self._socket.curve_secretkey = keys.secret

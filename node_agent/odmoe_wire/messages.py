@@ -252,7 +252,5 @@ ToServer = (
     Hello | SlotReport | Loaded | LoadFailed | Result | ComputeFailed | Bye | Heartbeat | ProtocolErrorNotice | Schedule
 )
 ToNode = Welcome | Refused | View | Compute | Load | Release | Cancel | Schedule | Heartbeat | Bye | ProtocolErrorNotice
-ToPredictor = (
-    Welcome | Refused | View | Start | Align | Rollback | End | Hello | Heartbeat | Bye | ProtocolErrorNotice
-)
+ToPredictor = Welcome | Refused | View | Start | Align | Rollback | End | Hello | Heartbeat | Bye | ProtocolErrorNotice
 AnyMessage = ToServer | ToNode | ToPredictor

@@ -1,0 +1,162 @@
+"""A whole cluster on one thread and in virtual time: real model, real cores and drivers, links in memory.
+
+Nothing sleeps: when nobody has anything to do, the clock jumps. Faults are the network's (`odmoe_wire.loopback`) or a
+node's (`pause`). The same script gives the same run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from odmoe_model.store import ExpertStore
+from odmoe_node.bank import open_bank
+from odmoe_node.driver import NodeAgent
+from odmoe_server.cluster.driver import ClusterDriver
+from odmoe_server.cluster.state import ClusterState
+from odmoe_server.engine.api import ExpertStats, GenerationRequest, Sampling
+from odmoe_server.engine.build import EngineOptions, cluster_config, load_model
+from odmoe_server.engine.sampling import Sampler
+from odmoe_server.engine.sequence import Outbox
+from odmoe_server.engine.sequence import Sequence as Generation
+from odmoe_wire.link import Link
+from odmoe_wire.loopback import LoopbackNetwork
+from odmoe_wire.messages import ToNode, ToServer
+from support.cluster import limits_of, node_hello
+
+# Virtual seconds that pass when nobody has anything to do.
+IDLE_STEP_S = 0.01
+MAX_IDLE_STEPS = 100_000
+
+
+@dataclass
+class Paused:
+    """A role that may be stopped as SIGSTOP stops a process."""
+
+    pump: Callable[[float], bool]
+    paused: bool = False
+
+
+@dataclass
+class LoopbackCluster:
+    """`start` the roles wanted, then `generate`. Options as for a real server."""
+
+    store: ExpertStore
+    options: EngineOptions = field(default_factory=lambda: EngineOptions(endpoint="inproc://unused"))
+    network: LoopbackNetwork = field(default_factory=LoopbackNetwork)
+    roles: dict[str, Paused] = field(default_factory=dict)
+    agents: dict[str, NodeAgent] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        link = self.network.router("server", accept=ToServer, limits=limits_of(self.store))
+        self.state = ClusterState(config=cluster_config(self.store, self.options))
+        self.driver = ClusterDriver(self.state, link=link, clock=self.network.clock, pump_while_waiting=self.turn)
+        self.roles["server"] = Paused(self.driver.pump)
+        self._loaded = load_model(self.store, self.options, cluster=self.driver)
+        self._sequence_id = 0
+        self._on_turn: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------------------------------------- the roles
+
+    def add_node(self, peer_id: str, *, slots: int = 1, predictor: bool = False) -> NodeAgent:
+        """A node agent that computes where it is pumped."""
+
+        def dealer(peer: str) -> Link:
+            return self.network.dealer(peer_id, peer, accept=ToNode, limits=limits_of(self.store))
+
+        agent = NodeAgent(
+            node_hello(self.store, peer_id=peer_id, slots=slots),
+            bank=open_bank(self.store, num_slots=slots, device="cpu"),
+            server=dealer("server"),
+            predictor=dealer("predictor") if predictor else None,
+            clock=self.network.clock,
+            threads=False,
+        )
+        self.agents[peer_id] = agent
+        self.roles[peer_id] = Paused(agent.pump)
+        return agent
+
+    def kill(self, peer_id: str) -> None:
+        """The process is gone: it does nothing any more and its connections are closed."""
+        del self.roles[peer_id]
+        self.agents.pop(peer_id, None)
+        for other in ("server", "predictor"):
+            self.network.cut(peer_id, other)
+
+    def revive(self, peer_id: str, *, slots: int = 1, predictor: bool = False) -> NodeAgent:
+        """A new process under the old name."""
+        for other in ("server", "predictor"):
+            self.network.heal(peer_id, other)
+        return self.add_node(peer_id, slots=slots, predictor=predictor)
+
+    # --------------------------------------------------------------------------------------------------- the time
+
+    def turn(self) -> None:
+        """Let every role do what waits for it; if nobody has anything to do, let time pass."""
+        now = self.network.clock()
+        busy = [role.pump(now) for role in list(self.roles.values()) if not role.paused]
+        if not any(busy):
+            self.network.advance(IDLE_STEP_S)
+        for hook in list(self._on_turn):
+            hook()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Turn until something holds."""
+        for _ in range(MAX_IDLE_STEPS):
+            if condition():
+                return
+            self.turn()
+        raise AssertionError(f"it never came to that; the story: {list(self.state.story)[-20:]}")
+
+    def settle(self, *, seconds: float) -> None:
+        """Turn until so much virtual time has passed."""
+        end_s = self.network.clock() + seconds
+        self.until(lambda: self.network.clock() >= end_s)
+
+    def each_turn(self, hook: Callable[[], None]) -> None:
+        """Call something after every turn, to let faults happen in the midst of a layer."""
+        self._on_turn.append(hook)
+
+    def await_members(self, *peer_ids: str) -> None:
+        """Until exactly these take part."""
+        self.until(lambda: sorted(self.state.peers.admitted) == sorted(peer_ids))
+
+    # ------------------------------------------------------------------------------------------------ generating
+
+    def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, on_token: Callable[[int], None] = lambda count: None
+    ) -> tuple[list[int], ExpertStats]:
+        """Greedy tokens, end tokens ignored; `on_token` hears how many there are after each."""
+        self._sequence_id += 1
+        request = GenerationRequest(
+            request_id="test", prompt_ids=tuple(prompt_ids), max_tokens=max_tokens, sampling=Sampling(temperature=0.0)
+        )
+        generation = Generation(
+            sequence_id=self._sequence_id,
+            request=request,
+            outbox=Outbox(loop=None),  # type: ignore[arg-type]  # nobody listens
+            end_ids=frozenset(),
+            cache=self._loaded.new_cache(),
+            sampler=Sampler(request.sampling),
+            fresh_ids=list(prompt_ids),
+        )
+        generation.outbox.closed.set()
+        tokens: list[int] = []
+        while len(tokens) < max_tokens:
+            (logits_V,) = self._loaded.stepper.step([generation])
+            generation.accept(generation.sampler.next_token(logits_V))
+            tokens += generation.fresh_ids
+            on_token(len(tokens))
+        self.driver.end_sequence(generation.sequence_id)
+        return tokens, generation.decode_tally.stats()
+
+    def assert_nothing_held(self) -> None:
+        """No slot in use, no request open, no forecast left, on any role that lives."""
+        self.settle(seconds=1.0)
+        for peer_id, agent in self.agents.items():
+            agent.state.check_integrity()
+            report = agent.report()
+            assert (report.used_slots, report.accounted_bytes) == (0, 0), peer_id
+            assert agent.state.num_requests == 0, peer_id
+            assert agent.state.num_wants == 0, peer_id
+        assert not self.state.dispatch.calls
+        assert not self.state.dispatch.requests
+        assert not self.state.dispatch.forecasts
