@@ -3,16 +3,13 @@
 One thread, virtual time, no sleep. Each test also ends with every slot free.
 """
 
-from pathlib import Path
-
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from odmoe_model.store import ExpertStore
 from odmoe_server.cluster.calls import CallError
 from odmoe_wire.messages import Compute, Result
 from support.loopback_cluster import LoopbackCluster
+from support.reference import reference_tokens
 from support.stores import tiny_store
 
 PROMPT = [3, 5, 7, 11, 13]
@@ -24,22 +21,6 @@ def store_and_expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Expert
     directory = tmp_path_factory.mktemp("mixtral")
     store = ExpertStore.open(tiny_store("mixtral", directory), verify=False)
     return store, reference_tokens(directory / "checkpoint", PROMPT, NUM_TOKENS)
-
-
-def reference_tokens(checkpoint: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    model.set_experts_implementation("eager")
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
 
 
 @pytest.fixture

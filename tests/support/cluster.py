@@ -18,10 +18,13 @@ import zmq
 from odmoe_model.store import ExpertStore
 from odmoe_node.bank import open_bank
 from odmoe_node.driver import NodeAgent
+from odmoe_predictor.driver import Predictor
+from odmoe_predictor.shadow import Shadow
+from odmoe_predictor.switchboard import FromNode, FromServer
 from odmoe_server.engine.api import Finished, GenerationRequest, Sampling
 from odmoe_server.engine.build import EngineOptions, ServingEngine, build_engine
 from odmoe_wire.checks import Limits
-from odmoe_wire.link import DealerLink, Link
+from odmoe_wire.link import DealerLink, Link, RouterLink
 from odmoe_wire.messages import Hello, ToNode
 
 WAIT_S = 60.0
@@ -42,6 +45,29 @@ def node_hello(store: ExpertStore, *, peer_id: str, slots: int) -> Hello:
         slots=slots,
         budget_bytes=slots * store.manifest.record_bytes,
     )
+
+
+def predictor_hello(store: ExpertStore) -> Hello:
+    return Hello(
+        role="predictor",
+        peer_id="predictor",
+        incarnation=0,
+        package_version=version("odmoe"),
+        store_digest=store.manifest.digest,
+    )
+
+
+@dataclass
+class Role:
+    """A predictor and the thread it runs on."""
+
+    predictor: Predictor
+    thread: threading.Thread
+
+    def stop(self) -> None:
+        self.predictor.stop()
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
 
 
 @dataclass
@@ -66,6 +92,7 @@ class LocalCluster:
     directory: Path
     context: "zmq.Context[zmq.Socket[bytes]]"
     nodes: dict[str, Node] = field(default_factory=dict)
+    shadow: Role | None = None
 
     @property
     def server_endpoint(self) -> str:
@@ -98,6 +125,22 @@ class LocalCluster:
         thread.start()
         self.nodes[peer_id] = Node(agent, thread)
         return self.nodes[peer_id]
+
+    def add_predictor(self) -> Role:
+        """Start a predictor with an int8 shadow."""
+        link_options = {"context": self.context, "limits": limits_of(self.store)}
+        predictor = Predictor(
+            predictor_hello(self.store),
+            Shadow.load(self.store),
+            server=DealerLink.connect(
+                self.server_endpoint, identity="predictor", peer="server", accept=FromServer, **link_options
+            ),
+            nodes=RouterLink.bind(self.predictor_endpoint, accept=FromNode, **link_options),
+        )
+        thread = threading.Thread(target=predictor.run, name="predictor", daemon=True)
+        thread.start()
+        self.shadow = Role(predictor, thread)
+        return self.shadow
 
     def await_health(self, condition: Callable[[ServingEngine], bool]) -> None:
         deadline_s = time.monotonic() + WAIT_S
@@ -136,7 +179,13 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(
-    store: ExpertStore, directory: Path, *, nodes: int = 2, slots: int = 1, options: EngineOptions | None = None
+    store: ExpertStore,
+    directory: Path,
+    *,
+    nodes: int = 2,
+    slots: int = 1,
+    predictor: bool = True,
+    options: EngineOptions | None = None,
 ) -> Iterator[LocalCluster]:
     """A cluster that is ready to serve; everything has ended when the block is left."""
     context = zmq.Context[zmq.Socket[bytes]]()
@@ -148,9 +197,13 @@ def local_cluster(
         exits.callback(engine.stop)
         engine.start()
         exits.callback(lambda: [node.stop() for node in cluster.nodes.values()])
+        exits.callback(lambda: cluster.shadow and cluster.shadow.stop())
+        if predictor:
+            cluster.add_predictor()
         for number in range(nodes):
             cluster.add_node(f"node{number}", slots=slots)
         cluster.await_health(lambda e: e.health().state == "ready" and _num_alive(e) == nodes)
+        cluster.await_health(lambda e: e.health().predictor_alive == predictor)
         yield cluster
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from odmoe_model.store import ExpertStore
 from odmoe_node.bank import open_bank
 from odmoe_node.driver import NodeAgent
+from odmoe_predictor.driver import Predictor
+from odmoe_predictor.shadow import Shadow
+from odmoe_predictor.switchboard import FromNode, FromServer
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.state import ClusterState
 from odmoe_server.engine.api import ExpertStats, GenerationRequest, Sampling
@@ -20,7 +23,7 @@ from odmoe_server.engine.sequence import Sequence as Generation
 from odmoe_wire.link import Link
 from odmoe_wire.loopback import LoopbackNetwork
 from odmoe_wire.messages import ToNode, ToServer
-from support.cluster import limits_of, node_hello
+from support.cluster import limits_of, node_hello, predictor_hello
 
 # Virtual seconds that pass when nobody has anything to do.
 IDLE_STEP_S = 0.01
@@ -73,6 +76,19 @@ class LoopbackCluster:
         self.agents[peer_id] = agent
         self.roles[peer_id] = Paused(agent.pump)
         return agent
+
+    def add_predictor(self) -> Predictor:
+        """An int8 shadow that computes where it is pumped."""
+        limits = limits_of(self.store)
+        predictor = Predictor(
+            predictor_hello(self.store),
+            Shadow.load(self.store),
+            server=self.network.dealer("predictor", "server", accept=FromServer, limits=limits),
+            nodes=self.network.router("predictor", accept=FromNode, limits=limits),
+            clock=self.network.clock,
+        )
+        self.roles["predictor"] = Paused(predictor.pump)
+        return predictor
 
     def kill(self, peer_id: str) -> None:
         """The process is gone: it does nothing any more and its connections are closed."""

@@ -142,6 +142,13 @@ def test_wrong_forecasts_are_released_and_right_ones_used(cluster: ClusterState)
     assert messages_to(actions, Release) == ["n1"]
 
 
+def test_a_forecast_that_comes_after_the_gate_is_judged_and_not_used(cluster: ClusterState) -> None:
+    cluster.handle(call(counts={2: 1, 5: 1}), 1.0)
+    assert say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[2, 3]), now=1.1) == []
+    assert cluster.dispatch.predicted_late_total == 1
+    assert not cluster.dispatch.forecasts
+
+
 def test_a_forecast_of_an_older_view_does_not_count(cluster: ClusterState) -> None:
     say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[2, 3]), now=1.0, epoch=cluster.peers.epoch - 1)
     assert cluster.dispatch.predicted((Span(7, 5),), 0) == frozenset()

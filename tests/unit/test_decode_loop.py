@@ -57,6 +57,7 @@ class FakeSnapshot:
     predictor_incarnation: int | None = None
     peers: tuple[Any, ...] = ()
     failovers_total: int = 0
+    predicted_late_total: int = 0
     protocol_errors_total: int = 0
 
 

@@ -45,6 +45,9 @@ class Dispatch:
     requests: dict[int, _Request] = field(default_factory=dict)
     # (sequence, position) -> layer -> forecast experts
     forecasts: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
+    # The same for what the gate chose, to judge forecasts that come after it has spoken.
+    chosen: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
+    predicted_late_total: int = 0
     failovers_total: int = 0
     duplicates_total: int = 0
     _last_request_id: int = 0
@@ -54,13 +57,18 @@ class Dispatch:
     # -------------------------------------------------------------------------------------------- forecasts
 
     def forecast(self, schedule: Schedule) -> None:
-        """Remember what the predictor told the nodes."""
+        """Remember what the predictor told the nodes; once the gate has spoken, only count what was right."""
         key = (schedule.span.sequence, schedule.span.position)
+        chosen = self.chosen.get(key, {}).get(schedule.layer)
+        if chosen is not None:
+            self.predicted_late_total += len(chosen & frozenset(schedule.experts))
+            return
         self.forecasts.setdefault(key, {})[schedule.layer] = frozenset(schedule.experts)
 
     def forget(self, sequence: int) -> None:
         """The sequence is over."""
         self.forecasts = {key: value for key, value in self.forecasts.items() if key[0] != sequence}
+        self.chosen = {key: value for key, value in self.chosen.items() if key[0] != sequence}
 
     def predicted(self, spans: Iterable[Span], layer: int) -> frozenset[int]:
         """Union of the spans' forecasts for a layer; empty when none has come."""
@@ -75,6 +83,8 @@ class Dispatch:
         deadline_s = now + self.config.call_timeout_s
         self.calls[call.call_id] = _Call(call=call, deadline_s=deadline_s, open_experts=set(call.counts))
         predicted = self.predicted(call.spans, call.layer)
+        for span in call.spans:
+            self.chosen.setdefault((span.sequence, span.position), {})[call.layer] = frozenset(call.counts)
         assigned = assign(call, predicted, members, self.config.group_size)
         actions = self._send(call.call_id, assigned, epoch=epoch, now=now)
         return actions + self._release(call, predicted, members, used=set(assigned.values()), epoch=epoch)
@@ -213,6 +223,9 @@ class Dispatch:
         passed = [key for key in self.forecasts if key[1] < now_at.get(key[0], 0)]
         for key in passed:
             del self.forecasts[key]
+        # One position longer, so that the last forecasts of a token can still be judged.
+        for key in [key for key in self.chosen if key[1] < now_at.get(key[0], 0) - 1]:
+            del self.chosen[key]
 
     def _learn(self, result: Result, num_rows: int, *, took_s: float) -> None:
         """Moving averages of what requests take, for deadlines."""

@@ -15,6 +15,7 @@ class ClusterSnapshot:
     predictor_incarnation: int | None
     peers: tuple[NodeHealth, ...]
     failovers_total: int
+    predicted_late_total: int
     rejoins_total: int
     stale_total: int
     protocol_errors_total: int
@@ -35,6 +36,7 @@ def snapshot_of(state: ClusterState, *, protocol_errors: int) -> ClusterSnapshot
         predictor_incarnation=None if predictor is None else predictor.hello.incarnation,
         peers=tuple(sorted(present + gone, key=lambda peer: peer.peer_id)),
         failovers_total=state.dispatch.failovers_total,
+        predicted_late_total=state.dispatch.predicted_late_total,
         rejoins_total=state.peers.rejoins_total,
         stale_total=state.stale_total,
         protocol_errors_total=protocol_errors,

@@ -54,11 +54,13 @@ class Finished:
 @dataclass(frozen=True, kw_only=True)
 class ExpertStats:
     """What the experts of one generation's decode steps cost. Activations = experts the gate chose, summed over
-    layers and steps. `predicted` of them were in a forecast the server had; `hit` lay in their slot when the
-    compute arrived, `late` were being loaded, `missed` had to be ordered by the compute."""
+    layers and steps. `predicted` of them were in a forecast that came before the gate spoke, `predicted_late` in one
+    that came after it (known for the engine's totals only); the recall is the two together by activations. `hit`
+    lay in their slot when the compute arrived, `late` were being loaded, `missed` had to be ordered by the compute."""
 
     activations: int = 0
     predicted: int = 0
+    predicted_late: int = 0
     hit: int = 0
     late: int = 0
     missed: int = 0

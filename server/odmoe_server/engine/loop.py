@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import DynamicCache
@@ -110,6 +110,7 @@ class DecodeLoop:
     def health(self) -> EngineHealth:
         """See `engine.api.Engine.health`."""
         cluster = self._cluster.snapshot
+        total = self._loaded.total if self._loaded else Tally()
         waiting = self._state == "ready" and cluster.num_nodes_alive == 0
         return EngineHealth(
             state="waiting" if waiting else self._state,
@@ -118,7 +119,7 @@ class DecodeLoop:
             queued=len(self._queue),
             predictor_alive=cluster.predictor_incarnation is not None,
             nodes=cluster.peers,
-            totals=(self._loaded.total if self._loaded else Tally()).stats(),
+            totals=replace(total.stats(), predicted_late=cluster.predicted_late_total),
             failovers_total=cluster.failovers_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generation_tokens_total=self._generation_tokens_total,
