@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import zmq
 from zmq.auth import load_certificate
@@ -17,7 +18,8 @@ from zmq.utils import z85
 
 from odmoe_wire.checks import is_peer_id
 
-ZAP_DOMAIN = "odmoe"
+ZAP_DOMAIN: Final = "odmoe"
+Z85_KEY_LENGTH: Final = 40
 
 
 class KeysError(ValueError):
@@ -86,12 +88,21 @@ class Gatekeeper(ThreadAuthenticator):
         """Name of the key, called only for keys that were let in."""
         return self._names[z85.encode(client_public_key)]
 
+    def stop(self) -> None:
+        """Stop the thread; one that has died already must not be waited for."""
+        if self.pipe is not None and not self.is_alive():
+            self.pipe.close(linger=0)
+            self.pipe = None  # type: ignore[assignment]  # as pyzmq itself marks it closed
+        super().stop()
+
 
 def _read(path: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = load_certificate(path)
     except (OSError, ValueError) as error:
         raise KeysError(f"cannot read the key {path} ({error}); make keys with: odmoe keys DIR") from None
+    if any(len(key) != Z85_KEY_LENGTH for key in (public, secret) if key is not None):
+        raise KeysError(f"{path} is damaged: a key has {Z85_KEY_LENGTH} characters; copy it again")
     return public, secret
 
 

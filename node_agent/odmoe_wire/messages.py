@@ -37,7 +37,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
 # ---------------------------------------------------------------------------------- node, predictor -> server
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of a peer, repeated until answered by `Welcome` or `Refused`. `incarnation` is drawn anew at
     each start of the process, so that a restart behind the same id is seen."""
 
@@ -50,7 +50,7 @@ class Hello(Message):
     budget_bytes: int = 0
 
 
-class SlotReport(Message):
+class SlotReport(Message, frozen=True):
     """Periodic truth about a node's memory and work, sent with each heartbeat of a node. Counters only grow."""
 
     used_slots: int
@@ -68,7 +68,7 @@ class SlotReport(Message):
     protocol_errors_total: int
 
 
-class Loaded(Message):
+class Loaded(Message, frozen=True):
     """An expert came to rest in a slot; `on_demand` when no forecast had asked for it."""
 
     layer: int
@@ -78,7 +78,7 @@ class Loaded(Message):
     on_demand: bool
 
 
-class LoadFailed(Message):
+class LoadFailed(Message, frozen=True):
     """An expert could not be loaded (unreadable store, no memory); computes that need it get `ComputeFailed`."""
 
     layer: int
@@ -96,7 +96,7 @@ class ExpertTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
     compute_s: float
 
 
-class Result(Message):
+class Result(Message, frozen=True):
     """Answer to a `Compute`. Blob 0: rows_TH, unweighted expert outputs in the order of the request's rows."""
 
     request_id: int
@@ -104,7 +104,7 @@ class Result(Message):
     timings: list[ExpertTiming]
 
 
-class ComputeFailed(Message):
+class ComputeFailed(Message, frozen=True):
     """Answer to a `Compute` that could not be served."""
 
     request_id: int
@@ -112,7 +112,7 @@ class ComputeFailed(Message):
     reason: str
 
 
-class Bye(Message):
+class Bye(Message, frozen=True):
     """The peer leaves on purpose."""
 
     reason: str
@@ -121,13 +121,13 @@ class Bye(Message):
 # ------------------------------------------------------------------------------------------------- both ways
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Life sign; `count` grows by one with each."""
 
     count: int
 
 
-class ProtocolErrorNotice(Message):
+class ProtocolErrorNotice(Message, frozen=True):
     """The receiver could not accept something it was sent."""
 
     reason: str
@@ -136,7 +136,7 @@ class ProtocolErrorNotice(Message):
 # ---------------------------------------------------------------------------------- server -> node, predictor
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The peer is taken in. Peer and server send a `Heartbeat` each `heartbeat_s`; either takes the other for
     lost after `lost_after_s` without any message."""
 
@@ -144,20 +144,20 @@ class Welcome(Message):
     lost_after_s: float
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The peer is not taken in; the reason names what differs and says what to do."""
 
     reason: str
 
 
-class View(Message):
+class View(Message, frozen=True):
     """Who takes part, in placement order. The envelope's epoch is the view's."""
 
     members: list[Member]
     group_size: int
 
 
-class Compute(Message):
+class Compute(Message, frozen=True):
     """Compute experts on token rows. Blob 0: rows_TH, rows of experts[0] first (counts[0] of them), and so on.
     All forecasts for these spans at this layer or before that are not named here are void. After `ttl_s` the
     server does not want the answer any more."""
@@ -170,7 +170,7 @@ class Compute(Message):
     ttl_s: float
 
 
-class Load(Message):
+class Load(Message, frozen=True):
     """Load experts ahead of a compute that is certain to come (prefill; the gate has spoken)."""
 
     spans: list[Span]
@@ -178,7 +178,7 @@ class Load(Message):
     experts: list[int]
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """The gate has spoken for these spans at this layer and needs none of this node's forecasts for it (nor for
     layers before)."""
 
@@ -186,7 +186,7 @@ class Release(Message):
     layer: int
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """The sequence is over: forget its forecasts and computes, free its slots."""
 
     sequence: int
@@ -206,13 +206,13 @@ class CacheLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
     blobs: int
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """A sequence begins."""
 
     sequence: int
 
 
-class Align(Message):
+class Align(Message, frozen=True):
     """Token and KV alignment. `cache` (one entry a decoder layer, blobs in that order; empty when KV is not
     aligned this time) brings the shadow's cache to `position` tokens; `tokens` are the next inputs, whose
     routings the shadow forecasts."""
@@ -223,14 +223,14 @@ class Align(Message):
     cache: list[CacheLayer]
 
 
-class Rollback(Message):
+class Rollback(Message, frozen=True):
     """Forget everything of the sequence from `position` on."""
 
     sequence: int
     position: int
 
 
-class End(Message):
+class End(Message, frozen=True):
     """The sequence is over."""
 
     sequence: int
@@ -239,7 +239,7 @@ class End(Message):
 # ---------------------------------------------------------------------------------- predictor -> node, server
 
 
-class Schedule(Message):
+class Schedule(Message, frozen=True):
     """Forecast of one layer for one span, sent as soon as the shadow's own router has spoken. To a node: the
     experts that placement gives that node. To the server: all of them."""
 

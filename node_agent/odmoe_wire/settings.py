@@ -49,7 +49,7 @@ class RoleSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, validate_default=True)
 
-    config: Path | None = Field(None, description="TOML file with settings, keys as the flags with _ for -")
+    config: Path | None = Field(default=None, description="TOML file with settings, keys as the flags with _ for -")
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -190,6 +190,7 @@ def _read_flags(cls: type[RoleSettings], argv: Sequence[str], *, prog: str) -> d
 def _read_environment(cls: type[RoleSettings]) -> dict[str, Any]:
     known = [_variable(cls, name) for name in cls.model_fields]
     prefix = _variable(cls, "")
+    assert prefix, f"{cls.__name__} sets no env_prefix"
     given = [name for name in os.environ if name.upper().startswith(prefix)]
     _refuse_unknown("variable", [name for name in given if name.upper() not in known], known)
     return _Environment(cls)()
