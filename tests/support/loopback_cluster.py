@@ -77,14 +77,15 @@ class LoopbackCluster:
         self.roles[peer_id] = Paused(agent.pump)
         return agent
 
-    def add_predictor(self) -> Predictor:
-        """An int8 shadow that computes where it is pumped."""
+    def add_predictor(self, *, wrap: Callable[[Link], Link] = lambda link: link) -> Predictor:
+        """An int8 shadow that computes where it is pumped; `wrap` may put a fault in front of its links."""
         limits = limits_of(self.store)
+        self._predictor_link = self.network.router("predictor", accept=FromNode, limits=limits)
         predictor = Predictor(
             predictor_hello(self.store),
             Shadow.load(self.store),
-            server=self.network.dealer("predictor", "server", accept=FromServer, limits=limits),
-            nodes=self.network.router("predictor", accept=FromNode, limits=limits),
+            server=wrap(self.network.dealer("predictor", "server", accept=FromServer, limits=limits)),
+            nodes=wrap(self._predictor_link),
             clock=self.network.clock,
         )
         self.roles["predictor"] = Paused(predictor.pump)
@@ -96,6 +97,17 @@ class LoopbackCluster:
         self.agents.pop(peer_id, None)
         for other in ("server", "predictor"):
             self.network.cut(peer_id, other)
+
+    def kill_predictor(self) -> None:
+        """Its process is gone, its sockets closed."""
+        del self.roles["predictor"]
+        self._predictor_link.close()
+        self.network.cut("predictor", "server")
+
+    def revive_predictor(self) -> Predictor:
+        """A new process in its place, with an empty shadow."""
+        self.network.heal("predictor", "server")
+        return self.add_predictor()
 
     def revive(self, peer_id: str, *, slots: int = 1, predictor: bool = False) -> NodeAgent:
         """A new process under the old name."""

@@ -1,0 +1,255 @@
+"""Everything that is refused: the status, OpenAI's error shape, and the name of the field."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from odmoe_server.openai.errors import TABLE, problem_of
+from odmoe_server.openai.fields import CHAT_FIELDS, MESSAGE_FIELDS
+from support.http_app import CHAT, MODEL, app_of, ask, asking, request
+from support.scripted_engine import ScriptedEngine
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer, once its shape has been looked at."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert isinstance(error["message"], str)
+    return error
+
+
+def refused(body: Any, status: int = 400) -> dict[str, Any]:
+    engine = ScriptedEngine.saying("must not be asked")
+    error = error_of(ask(engine, body), status)
+    assert engine.requests == []
+    return error
+
+
+def messages(*given: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": list(given)}
+
+
+def user(content: Any, **fields: Any) -> dict[str, Any]:
+    return messages({"role": "user", "content": content, **fields})
+
+
+WRONG: list[tuple[Any, str]] = [
+    ({"messages": [{"role": "user", "content": "x"}]}, "model"),
+    ({"model": MODEL}, "messages"),
+    ({"model": 1, "messages": [{"role": "user", "content": "x"}]}, "model"),
+    (messages(), "messages"),
+    ({"model": MODEL, "messages": "x"}, "messages"),
+    ({"model": MODEL, "messages": {"role": "user"}}, "messages"),
+    (messages(123), "messages[0]"),
+    (messages({}), "messages[0].role"),
+    (messages({"role": "user", "content": "x"}, {"role": "user"}), "messages[1].content"),
+    (messages({"role": 123, "content": "x"}), "messages[0].role"),
+    (messages({"role": "wizard", "content": "x"}), "messages[0].role"),
+    (messages({"role": "tool", "content": "x"}), "messages[0].role"),
+    (user(123), "messages[0].content"),
+    (user(None), "messages[0].content"),
+    (user({"text": "x"}), "messages[0].content"),
+    (user([]), "messages[0].content"),
+    (user(["x"]), "messages[0].content[0]"),
+    (user([{"type": "text"}]), "messages[0].content[0].text"),
+    (user([{"type": "text", "text": 1}]), "messages[0].content[0].text"),
+    (user([{"type": "text", "text": "x"}, {"type": "image_url"}]), "messages[0].content[1].type"),
+    (user([{"type": "input_audio"}]), "messages[0].content[0].type"),
+    (user("x", color="red"), "messages[0].color"),
+    (user("x", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
+    (asking(temperature=-0.1), "temperature"),
+    (asking(temperature=2.1), "temperature"),
+    (asking(temperature="0.5"), "temperature"),
+    (asking(temperature=True), "temperature"),
+    (asking(top_p=0), "top_p"),
+    (asking(top_p=1.1), "top_p"),
+    (asking(seed=2**63), "seed"),
+    (asking(seed=1.5), "seed"),
+    (asking(stop=""), "stop[0]"),
+    (asking(stop=["x"] * 17), "stop"),
+    (asking(stop=["x", 1]), "stop[1]"),
+    (asking(stop="x" * 1001), "stop[0]"),
+    (asking(stop={"x": 1}), "stop"),
+    (asking(max_tokens=0), "max_tokens"),
+    (asking(max_tokens=-1), "max_tokens"),
+    (asking(max_tokens="5"), "max_tokens"),
+    (asking(max_completion_tokens=0), "max_completion_tokens"),
+    (asking(stream="yes"), "stream"),
+    (asking(stream=1), "stream"),
+    (asking(stream_options={"include_usage": True}), "stream_options"),
+    (asking(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage"),
+    (asking(stream=True, stream_options=[]), "stream_options"),
+    (asking(stream=True, stream_options={"continuous_usage_stats": True}), "stream_options.continuous_usage_stats"),
+    (asking(n=2), "n"),
+    (asking(n=0), "n"),
+    (asking(n=True), "n"),
+    (asking(user=1), "user"),
+    (asking(metadata={"a": 1}), "metadata.a"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), WRONG, ids=[f"{i}-{param}" for i, (_, param) in enumerate(WRONG)])
+def test_the_field_is_named(body: Any, param: str) -> None:
+    error = refused(body)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+def test_an_unknown_field_is_refused_and_extra_body_explained() -> None:
+    error = refused(asking(colour="red"))
+    assert error["param"] == "colour"
+    assert error["code"] == "unknown_parameter"
+    assert "extra_body" in error["message"]
+
+
+ASKS_FOR_SOMETHING = {"modalities": ["audio"], "logprobs": True, "tools": [{"type": "function"}], "top_k": 40}
+
+
+@pytest.mark.parametrize("field", CHAT_FIELDS)
+def test_every_known_field_is_refused_by_name(field: str) -> None:
+    error = refused(asking(**{field: ASKS_FOR_SOMETHING.get(field, {"some": "thing"})}))
+    assert error["param"] == field
+    assert error["code"] == "unsupported_parameter"
+    assert f"'{field}'" in error["message"]
+
+
+@pytest.mark.parametrize("field", CHAT_FIELDS)
+def test_every_neutral_value_is_accepted(field: str) -> None:
+    for value in (None, *CHAT_FIELDS[field]):
+        assert ask(ScriptedEngine.saying("ok"), asking(**{field: value})).status_code == 200
+
+
+@pytest.mark.parametrize("field", MESSAGE_FIELDS)
+def test_every_known_field_of_a_message_is_refused_by_name(field: str) -> None:
+    assert refused(user("x", **{field: "something"}))["param"] == f"messages[0].{field}"
+
+
+RAW = [
+    (b"{", "application/json"),
+    (b"", "application/json"),
+    (b"[1, 2]", "application/json"),
+    (b'"text"', "application/json"),
+    (b"null", "application/json"),
+    (b"[" * 100_000, "application/json"),
+    (b'{"model": "\xff"}', "application/json"),
+    (json.dumps(asking()).encode(), "text/plain"),
+    (json.dumps(asking()).encode(), "application/x-www-form-urlencoded"),
+    (json.dumps(asking()).encode(), None),
+]
+
+
+@pytest.mark.parametrize(("content", "kind"), RAW)
+def test_bodies_that_are_no_json_object(content: bytes, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    app = app_of(ScriptedEngine.saying("x"))
+    assert error_of(request(app, "POST", CHAT, content=content, headers=headers), 400)["code"] == "malformed_body"
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none(value: str) -> None:
+    content = json.dumps(asking()).replace("{", f'{{"temperature": {value}, ', 1)
+    headers = {"content-type": "application/json"}
+    answer = request(app_of(ScriptedEngine.saying("x")), "POST", CHAT, content=content, headers=headers)
+    error_of(answer, 400)
+
+
+def test_json_with_a_charset_is_json() -> None:
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    answer = request(app_of(ScriptedEngine.saying("x")), "POST", CHAT, content=json.dumps(asking()), headers=headers)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_too_large_a_body(announced: bool) -> None:
+    pieces = [b" " * 1000] * 3
+    seen = 0
+
+    async def body() -> Any:
+        nonlocal seen
+        for piece in pieces:
+            seen += 1
+            yield piece
+
+    app = app_of(ScriptedEngine.saying("x"), max_body_bytes=1000)
+    headers = {"content-type": "application/json"}
+    content: Any = b"".join(pieces) if announced else body()
+    error = error_of(request(app, "POST", CHAT, content=content, headers=headers), 413)
+    assert error["code"] == "request_too_large"
+
+
+def test_a_large_body_is_parsed_all_the_same() -> None:
+    engine = ScriptedEngine.saying("ok", context_length=10**6)
+    assert ask(engine, asking("x" * 300_000)).status_code == 200
+    assert error_of(ask(engine, asking("x" * 300_000, top_p=7)), 400)["param"] == "top_p"
+
+
+def test_an_unknown_model() -> None:
+    error = refused({"model": "gpt-4o", "messages": [{"role": "user", "content": "x"}]}, 404)
+    assert error["code"] == "model_not_found"
+    assert error["param"] == "model"
+    assert MODEL in error["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_too_long_a_prompt(stream: bool) -> None:
+    engine = ScriptedEngine.saying("x", context_length=64)
+    error = error_of(ask(engine, asking("y" * 64, stream=stream)), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "messages"
+    assert "64 tokens" in error["message"]
+    assert engine.requests == []
+
+
+def test_the_longest_prompt_leaves_room_for_one_token() -> None:
+    engine = ScriptedEngine.saying("xy", context_length=64)
+    overhead = 19
+    body = ask(engine, asking("y" * (63 - overhead))).json()
+    assert body["usage"]["total_tokens"] == 64
+    assert error_of(ask(engine, asking("y" * (64 - overhead))), 400)["code"] == "context_length_exceeded"
+
+
+def test_a_conversation_the_template_refuses() -> None:
+    error = refused(messages({"role": "user", "content": "x"}, {"role": "system", "content": "late"}))
+    assert error["param"] == "messages"
+    assert "System message must come first" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v2/models"), ("POST", "/"), ("GET", "/v1/models/"), ("GET", "/docs")]
+)
+def test_an_unknown_route(method: str, path: str) -> None:
+    error = error_of(request(app_of(ScriptedEngine()), method, path), 404)
+    assert error["code"] in ("unknown_url", "model_not_found")
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("POST", "/v1/models"), ("DELETE", "/health")])
+def test_a_wrong_method(method: str, path: str) -> None:
+    answer = request(app_of(ScriptedEngine()), method, path)
+    assert error_of(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["allow"]
+
+
+def test_a_server_that_is_not_ready_says_so_before_it_looks_at_the_messages() -> None:
+    engine = ScriptedEngine.saying("x")
+    engine.unready("loading", "loading the weights")
+    answer = ask(engine, asking("y" * 10_000))
+    assert "loading the weights" in error_of(answer, 503)["message"]
+    assert answer.headers["retry-after"]
+
+
+def test_the_table_has_no_status_twice_for_one_code() -> None:
+    assert all(row.status == 500 or row.code for row in TABLE.values())
+    assert len({row.code for row in TABLE.values()}) == len(TABLE)
+
+
+def test_what_is_not_in_the_table_shows_no_insides() -> None:
+    problem = problem_of(ZeroDivisionError("secret"))
+    assert problem.status == 500
+    assert "secret" not in json.dumps(problem.body)

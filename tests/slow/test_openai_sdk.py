@@ -1,0 +1,216 @@
+"""The real OpenAI SDK against a real uvicorn, with a scripted engine behind it."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from odmoe_server import listening
+from odmoe_server.config import ServeSettings
+from odmoe_server.engine.api import QueueFull
+from odmoe_server.serving import uvicorn_config
+from support.http_app import MODEL, app_of, events, text_of
+from support.scripted_engine import Gate, ScriptedEngine, words
+
+pytestmark = pytest.mark.slow
+DEADLINE_S = 20.0
+
+
+class Served:
+    """A server on a free port, on a thread of its own."""
+
+    def __init__(self, engine: ScriptedEngine, **options: object) -> None:
+        self._listener = listening.bind("127.0.0.1", 0)
+        self.server = uvicorn.Server(uvicorn_config(app_of(engine, **options), ServeSettings(drain_s=5)))
+        self.url = listening.url(self._listener)
+        self._loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self.server.serve(sockets=[self._listener]))
+
+    def open(self, gate: Gate) -> None:
+        """Let the script go on."""
+        self._loop.call_soon_threadsafe(gate.opened.set)
+
+
+@contextmanager
+def running(engine: ScriptedEngine, **options: object) -> Iterator[Served]:
+    """A server that runs, and ends in bounded time."""
+    served = Served(engine, **options)
+    served.thread.start()
+    try:
+        until(lambda: served.server.started)
+        yield served
+    finally:
+        served.server.should_exit = True
+        served.thread.join(DEADLINE_S)
+        assert not served.thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.01)
+
+
+@contextmanager
+def client(engine: ScriptedEngine, **options: object) -> Iterator[openai.OpenAI]:
+    """An SDK client that checks every answer against its schema and does not try again."""
+    with (
+        running(engine, **options) as server,
+        openai.OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="key",
+            max_retries=0,
+            timeout=DEADLINE_S,
+            _strict_response_validation=True,
+        ) as sdk,
+    ):
+        yield sdk
+
+
+def test_a_whole_answer() -> None:
+    with client(ScriptedEngine.saying("Hello 🏔.")) as sdk:
+        answer = sdk.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+    assert answer.choices[0].message.content == "Hello 🏔."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_streamed_answer() -> None:
+    with client(ScriptedEngine.saying("Hello 🏔.")) as sdk:
+        chunks = list(
+            sdk.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "Hi"}],
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+    *parts, usage = chunks
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == "Hello 🏔."
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert parts[-1].choices[0].finish_reason == "stop"
+    assert usage.usage is not None
+    assert usage.usage.completion_tokens == len("Hello 🏔.".encode()) + 1
+
+
+def test_the_sdks_own_stream_helper() -> None:
+    with (
+        client(ScriptedEngine.saying("Hello")) as sdk,
+        sdk.chat.completions.stream(model=MODEL, messages=[{"role": "user", "content": "Hi"}]) as stream,
+    ):
+        assert stream.get_final_completion().choices[0].message.content == "Hello"
+
+
+def test_an_answer_can_be_sent_back() -> None:
+    engine = ScriptedEngine.saying("one")
+    with client(engine) as sdk:
+        first = sdk.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+        sdk.chat.completions.create(
+            model=MODEL,
+            messages=[
+                {"role": "user", "content": "Hi"},
+                first.choices[0].message.model_dump(),  # type: ignore[list-item]
+                {"role": "user", "content": "and?"},
+            ],
+        )
+    assert len(engine.requests[1].prompt_ids) > len(engine.requests[0].prompt_ids)
+
+
+def test_models() -> None:
+    with client(ScriptedEngine()) as sdk:
+        assert MODEL in [model.id for model in sdk.models.list()]
+        assert sdk.models.retrieve(MODEL).id == MODEL
+
+
+def test_errors_are_the_sdks_own() -> None:
+    engine = ScriptedEngine.saying("x")
+    with client(engine) as sdk:
+        ask = sdk.chat.completions.create
+        with pytest.raises(openai.NotFoundError) as unknown:
+            ask(model="gpt-4o", messages=[{"role": "user", "content": "x"}])
+        assert unknown.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(model=MODEL, messages=[{"role": "user", "content": "x"}], n=2)
+        assert refused.value.param == "n"
+        with pytest.raises(openai.BadRequestError, match="extra_body"):
+            ask(model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body={"colour": "red"})
+        engine.script = [QueueFull("full", retry_after_s=1)]
+        with pytest.raises(openai.RateLimitError):
+            ask(model=MODEL, messages=[{"role": "user", "content": "x"}])
+        engine.unready("loading", "loading")
+        with pytest.raises(openai.InternalServerError) as not_ready:
+            ask(model=MODEL, messages=[{"role": "user", "content": "x"}])
+        assert not_ready.value.status_code == 503
+
+
+def test_a_wrong_key() -> None:
+    with client(ScriptedEngine(), api_keys=("another",)) as sdk, pytest.raises(openai.AuthenticationError):
+        sdk.models.list()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_the_generation(stream: bool) -> None:
+    engine = ScriptedEngine(script=[*words("a"), Gate()])
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    with running(engine) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            content = httpx.Request("POST", server.url, json=body).content
+            head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+            until(lambda: engine.tokens_said == 1)
+            assert engine.open_generators == 1
+        until(lambda: engine.open_generators == 0)
+
+
+def test_headers_come_before_the_first_token() -> None:
+    engine = ScriptedEngine(script=[Gate()])
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+    with (
+        running(engine, keep_alive_s=0.05) as server,
+        httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=DEADLINE_S) as answer,
+    ):
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        assert [next(lines), next(lines), next(lines)] == [": keep-alive", "", ": keep-alive"]
+
+
+def test_a_stream_in_hand_is_finished_at_shutdown() -> None:
+    gate = Gate()
+    engine = ScriptedEngine(script=[*words("begin"), gate, *words(" end")])
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
+    with (
+        running(engine) as server,
+        httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=DEADLINE_S) as answer,
+    ):
+        received = bytearray()
+        for piece in answer.iter_bytes():
+            received += piece
+            if text_of(events(bytes(received))) == "begin" and not server.server.should_exit:
+                server.server.should_exit = True
+                until(lambda: refuses(server.url))
+                server.open(gate)
+    assert text_of(events(bytes(received))) == "begin end"
+    assert received.endswith(b"data: [DONE]\n\n")
+
+
+def refuses(url: str) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        httpx.get(f"{url}/health", timeout=1)
+    except httpx.TransportError:
+        return True
+    return False

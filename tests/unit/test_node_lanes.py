@@ -1,0 +1,43 @@
+"""Where a node's slow work runs."""
+
+import threading
+
+from odmoe_node.events import LoadBroke, LoadDone
+from odmoe_node.lanes import Inbox, InlineLane, Job, ThreadLane
+from odmoe_wire.waiting import Wake
+
+
+def failing() -> LoadDone:
+    raise OSError("disk on fire")
+
+
+def test_a_job_that_raises_still_ends_with_an_event() -> None:
+    wake = Wake()
+    inbox = Inbox(wake)
+    lane = InlineLane(inbox)
+    lane.submit(Job(failing, lambda reason: LoadBroke(3, reason)))
+    assert inbox.take() == LoadBroke(3, "OSError: disk on fire")
+    assert inbox.take() is None
+    wake.close()
+
+
+def test_a_thread_lane_works_beside_the_caller_in_order_and_stops() -> None:
+    wake = Wake()
+    inbox = Inbox(wake)
+    lane = ThreadLane(inbox, name="lane")
+    gate, began = threading.Event(), threading.Event()
+
+    def gated() -> LoadDone:
+        began.set()
+        assert gate.wait(10)
+        return LoadDone(0, 0.0)
+
+    lane.submit(Job(gated, lambda reason: LoadBroke(0, reason)))
+    lane.submit(Job(lambda: LoadDone(1, 0.0), lambda reason: LoadBroke(1, reason)))
+    assert began.wait(10)
+    assert inbox.take() is None
+    assert not lane.stop(timeout_s=0.0)
+    gate.set()
+    assert lane.stop(timeout_s=10)
+    assert [inbox.take(), inbox.take()] == [LoadDone(0, 0.0), LoadDone(1, 0.0)]
+    wake.close()
