@@ -1,0 +1,1 @@
+"""The emulative predictor: a quantised shadow whose own routings are the forecast."""

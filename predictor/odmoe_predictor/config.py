@@ -1,0 +1,42 @@
+"""Settings of `odmoe-predictor`. Knows names, ranges and defaults; the reading is the base class's. No torch here,
+so that bad settings are refused at once."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from odmoe_wire.checks import is_peer_id
+from odmoe_wire.settings import RoleSettings
+
+# Of the shadow's weights.
+Precision = Literal["int8"]
+
+
+class PredictorSettings(RoleSettings):
+    """Forecast which experts a model will need: a quantised shadow of it, aligned with the server at every step."""
+
+    model_config = SettingsConfigDict(env_prefix="ODMOE_PREDICTOR_")
+
+    store: Path = Field(description="directory of the prepared store, the same as the server's (odmoe prepare)")
+    server_endpoint: str = Field("tcp://127.0.0.1:5700", description="where the server is")
+    endpoint: str = Field("tcp://127.0.0.1:5701", description="where node agents connect to this predictor")
+    peer_id: str = Field("predictor", description="name in the cluster, and of the key")
+    precision: Precision = Field("int8", description="of the shadow's weights")
+    threads: int = Field(1, ge=1, description="threads to compute with")
+    device: str = Field("cpu", description="torch device of the shadow, such as cpu or cuda:0")
+    verify: bool = Field(False, description="check the digest of every file of the store first")
+    max_sequences: int = Field(64, ge=1, description="sequences that may have a cache here at a time")
+    keys_dir: Path | None = Field(None, description="CURVE keys (odmoe keys DIR); needed when an endpoint is not local")
+    exit_with_parent: bool = Field(False, description="end when the process that started this one ends")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least important messages to log"
+    )
+
+    @field_validator("peer_id")
+    @classmethod
+    def _proper_name(cls, peer_id: str) -> str:
+        if not is_peer_id(peer_id):
+            raise ValueError("needs 1 to 64 letters, digits, '.', '_' or '-', no punctuation first")
+        return peer_id

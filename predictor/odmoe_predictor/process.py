@@ -1,0 +1,119 @@
+"""A predictor process from good settings: store, shadow and links put together. Knows no signals.
+
+The work is in `driver`.
+"""
+
+import logging
+from importlib.metadata import version
+from time import monotonic
+from typing import Final
+
+import torch
+import zmq
+from rich.console import Console
+
+from odmoe_model.quantize import Int8Weight, Quantizer
+from odmoe_model.store import ExpertStore, StoreError
+from odmoe_predictor.config import Precision, PredictorSettings
+from odmoe_predictor.driver import Predictor
+from odmoe_predictor.report import report_line, report_table
+from odmoe_predictor.shadow import Shadow
+from odmoe_predictor.switchboard import SERVER, FromNode, FromServer, RefusedError
+from odmoe_wire.checks import Limits
+from odmoe_wire.endpoints import EndpointError
+from odmoe_wire.keys import CurveKeys, KeysError
+from odmoe_wire.link import DealerLink, Link, RouterLink
+from odmoe_wire.messages import Hello
+from odmoe_wire.settings import table
+
+log = logging.getLogger(__name__)
+
+QUANTIZERS: Final[dict[Precision, Quantizer]] = {"int8": Int8Weight}
+_PROGRESS_EVERY_S: Final = 5.0
+
+
+class CannotRunError(Exception):
+    """The predictor cannot do its work; the message says why and what to do."""
+
+
+def run(settings: PredictorSettings, *, title: str) -> None:
+    """Load the shadow and serve until an exception such as KeyboardInterrupt comes. Raises CannotRunError."""
+    console = Console(stderr=True)
+    console.print(table(settings, title=title))
+    torch.set_num_threads(settings.threads)
+    try:
+        _run(settings, console)
+    except (StoreError, EndpointError, KeysError) as error:
+        raise CannotRunError(str(error)) from error
+    except RefusedError as error:
+        raise CannotRunError(f"the server refused this predictor: {error}") from error
+
+
+def _run(settings: PredictorSettings, console: Console) -> None:
+    store = ExpertStore.open(settings.store, verify=settings.verify)
+    hello = Hello(
+        role="predictor",
+        peer_id=settings.peer_id,
+        incarnation=0,  # drawn by the switchboard
+        package_version=version("odmoe"),
+        store_digest=store.manifest.digest,
+    )
+    limits = Limits(
+        num_layers=store.manifest.num_moe_layers,
+        num_experts=store.manifest.num_experts,
+        hidden_size=store.manifest.hidden_size,
+    )
+    with zmq.Context() as context:
+        server, nodes = _links(settings, limits, context)
+        try:
+            shadow = _load(settings, store)
+            del store  # and with it the mapping of all experts
+            console.print(report_table(shadow.report))
+            predictor = Predictor(hello, shadow, server=server, nodes=nodes)
+            log.info("node agents can connect to %s", nodes.endpoint)
+            predictor.run()
+        finally:
+            for link in (server, nodes):
+                link.close()
+
+
+def _links(
+    settings: PredictorSettings, limits: Limits, context: "zmq.Context[zmq.Socket[bytes]]"
+) -> tuple[Link, RouterLink]:
+    """Before the shadow, so that a taken port is known at once."""
+    keys = None if settings.keys_dir is None else CurveKeys.load(settings.keys_dir, name=settings.peer_id)
+    nodes = RouterLink.bind(settings.endpoint, context=context, accept=FromNode, limits=limits, keys=keys)
+    try:
+        server = DealerLink.connect(
+            settings.server_endpoint,
+            identity=settings.peer_id,
+            peer=SERVER,
+            context=context,
+            accept=FromServer,
+            limits=limits,
+            keys=keys,
+        )
+    except (EndpointError, KeysError):
+        nodes.close()
+        raise
+    return server, nodes
+
+
+def _load(settings: PredictorSettings, store: ExpertStore) -> Shadow:
+    began_s = said_s = monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal said_s
+        if monotonic() >= said_s + _PROGRESS_EVERY_S:
+            said_s = monotonic()
+            log.info("quantised %d of %d layers", done, total)
+
+    shadow = Shadow.load(
+        store,
+        quantize=QUANTIZERS[settings.precision],
+        device=settings.device,
+        max_sequences=settings.max_sequences,
+        on_progress=on_progress,
+    )
+    log.info("loaded in %.1f s: %s", monotonic() - began_s, report_line(shadow.report))
+    return shadow

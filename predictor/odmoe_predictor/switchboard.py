@@ -1,0 +1,274 @@
+"""The predictor's side of every conversation: with its server and with the node agents. One thread, never blocks.
+
+Says hello until it is welcomed, keeps life signs both ways, passes orders to the mailbox and forecasts from it.
+Knows no shadow. When the server is lost, or a sequence went wrong, it comes back under a new incarnation: the
+server then begins every sequence with it anew.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from odmoe_predictor.mailbox import Forecast, Mailbox, Order
+from odmoe_wire.codec import Received
+from odmoe_wire.link import Link, PeerGone
+from odmoe_wire.liveness import Liveness
+from odmoe_wire.messages import (
+    Align,
+    AnyMessage,
+    Bye,
+    End,
+    Heartbeat,
+    Hello,
+    Member,
+    ProtocolErrorNotice,
+    Refused,
+    Rollback,
+    Schedule,
+    Start,
+    View,
+    Welcome,
+)
+from odmoe_wire.placement import place
+
+log = logging.getLogger(__name__)
+
+SERVER: Final = "server"
+# What a link of ours accepts: from the server, and from node agents.
+FromServer = Welcome | Refused | View | Start | Align | Rollback | End | Heartbeat | Bye | ProtocolErrorNotice
+FromNode = Hello | Heartbeat | Bye | ProtocolErrorNotice
+
+MAX_BURST: Final = 256  # messages taken from one link before forecasts and life signs have their turn
+MAX_NODES: Final = 4096
+HELLO_EVERY_S: Final = 0.25
+# After a sequence went wrong; a sequence that always does must not have us come and go with every token.
+REBIRTH_EVERY_S: Final = 5.0
+# For nodes that come before the server has said what it wants.
+DEFAULT_PACE: Final = Welcome(heartbeat_s=0.25, lost_after_s=1.5)
+
+
+class RefusedError(Exception):
+    """The server does not take this predictor in; the text is the server's reason."""
+
+
+@dataclass
+class SwitchboardCounters:
+    """`unsent`: schedules whose receiver was not there. `refused`: orders there was no room for."""
+
+    schedules: int = 0
+    unsent: int = 0
+    refused: int = 0
+    rebirths: int = 0
+
+
+@dataclass
+class Node:
+    """A node agent that said hello."""
+
+    liveness: Liveness
+    heartbeats: int = 0
+
+
+class Switchboard:
+    """`hello` is what to tell the server; its incarnation is drawn here."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        *,
+        server: Link,
+        nodes: Link,
+        mailbox: Mailbox,
+        now: float,
+        draw_incarnation: Callable[[], int] = lambda: secrets.randbits(62),
+    ) -> None:
+        self.counters = SwitchboardCounters()
+        self.epoch = 0
+        self._server = server
+        self._node_link = nodes
+        self._mailbox = mailbox
+        self._draw_incarnation = draw_incarnation
+        self._hello = msgspec.structs.replace(hello, incarnation=draw_incarnation())
+        self._next_hello_s = self._last_birth_s = now
+        self._pace = DEFAULT_PACE
+        # None while the server has not welcomed us.
+        self._liveness: Liveness | None = None
+        self._troubled = False
+        self._heartbeats = 0
+        self._view = View(members=[], group_size=1)
+        self._nodes: dict[str, Node] = {}
+
+    @property
+    def joined(self) -> bool:
+        """Whether the server has taken us in."""
+        return self._liveness is not None
+
+    @property
+    def nodes(self) -> list[str]:
+        """Ids of the node agents that are there."""
+        return sorted(self._nodes)
+
+    def pump(self, now: float) -> bool:
+        """Do all that waits; true if there was anything. Raises RefusedError."""
+        busy = self.send_forecasts()
+        busy = self._take(self._server, lambda _, received: self._from_server(received, now)) or busy
+        busy = self._take(self._node_link, lambda node_id, received: self._from_node(node_id, received, now)) or busy
+        self._mind_troubles(now)
+        self._keep_up_with_server(now)
+        self._keep_up_with_nodes(now)
+        return busy
+
+    def send_forecasts(self) -> bool:
+        """Send what the shadow has found out; true if there was anything."""
+        forecasts = self._mailbox.forecasts()
+        for forecast in forecasts:
+            self._spread(forecast)
+        return bool(forecasts)
+
+    def wait_s(self, now: float) -> float:
+        """How long nothing will be due."""
+        waits_s = [node.liveness.wait_s(now) for node in self._nodes.values()]
+        waits_s.append(self._liveness.wait_s(now) if self._liveness else max(0.0, self._next_hello_s - now))
+        return min(waits_s)
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye to everybody."""
+        self._send(self._server, SERVER, Bye(reason=reason))
+        for node_id in self._nodes:
+            self._send(self._node_link, node_id, Bye(reason=reason))
+
+    def _take(self, link: Link, handle: Callable[[str, Received], None]) -> bool:
+        for taken in range(MAX_BURST):
+            item = link.receive()
+            if item is None:
+                return taken > 0
+            handle(*item)
+        return True
+
+    # ----------------------------------------------------------------------------- with the server
+
+    def _from_server(self, received: Received, now: float) -> None:
+        if self._liveness is not None:
+            self._liveness.heard(now)
+        match received.message:
+            case Welcome() as welcome:
+                self._on_welcome(welcome, now)
+            case View() as view:
+                self._view, self.epoch = view, received.epoch
+            case Start() | Align() | Rollback() | End() as message:
+                # Before the welcome it can only be meant for what we were.
+                if self.joined and not self._mailbox.order(Order(message, received.blobs)):
+                    self.counters.refused += 1
+                    self._troubled = True
+            case Refused(reason=reason):
+                raise RefusedError(reason)
+            case Bye(reason=reason):
+                log.warning("the server says bye: %s", reason)
+                self._rejoin(now)
+            case ProtocolErrorNotice(reason=reason):
+                log.warning("the server did not accept a message: %s", reason)
+            case _:  # heartbeats have served as life signs
+                pass
+
+    def _on_welcome(self, welcome: Welcome, now: float) -> None:
+        if self._liveness is None:
+            log.info("connected to the server as %s", self._hello.peer_id)
+            self._pace = welcome
+            self._liveness = Liveness(welcome.heartbeat_s, welcome.lost_after_s, now)
+
+    def _keep_up_with_server(self, now: float) -> None:
+        if self._liveness is None:
+            if now >= self._next_hello_s:
+                self._next_hello_s = now + HELLO_EVERY_S
+                self._send(self._server, SERVER, self._hello)
+        elif self._liveness.lost(now):
+            log.warning("the server is silent; saying hello until it returns")
+            self._rejoin(now)
+        elif self._liveness.due(now):
+            self._send(self._server, SERVER, Heartbeat(count=self._heartbeats))
+            self._heartbeats += 1
+            self._liveness.said(now)
+
+    def _mind_troubles(self, now: float) -> None:
+        for reason in self._mailbox.troubles():
+            log.warning("dropped a sequence: %s", reason)
+            self._send(self._server, SERVER, ProtocolErrorNotice(reason=reason))
+            self._troubled = True
+        if self._troubled and now >= self._last_birth_s + REBIRTH_EVERY_S:
+            self._rejoin(now)
+
+    def _rejoin(self, now: float) -> None:
+        """Forget every sequence and say hello as one who knows none."""
+        self.counters.rebirths += 1
+        self._mailbox.forget_all()
+        self._hello = msgspec.structs.replace(self._hello, incarnation=self._draw_incarnation())
+        self._liveness = None
+        self._troubled = False
+        self._next_hello_s = self._last_birth_s = now
+
+    # ------------------------------------------------------------------------------- with the nodes
+
+    def _from_node(self, node_id: str, received: Received, now: float) -> None:
+        node = self._nodes.get(node_id)
+        if node is not None:
+            node.liveness.heard(now)
+        match received.message:
+            case Hello():
+                self._admit(node_id, now)
+            case Bye():
+                self._nodes.pop(node_id, None)
+            case ProtocolErrorNotice(reason=reason):
+                log.warning("node %s did not accept a message: %s", node_id, reason)
+            case _:
+                if node is None:
+                    # It takes us for somebody we no longer are: let it say hello.
+                    self._send(self._node_link, node_id, Bye(reason="this predictor does not know you"))
+
+    def _admit(self, node_id: str, now: float) -> None:
+        """Judging nodes is the server's business: only those in its view get schedules."""
+        if node_id in self._nodes or len(self._nodes) < MAX_NODES:
+            self._nodes[node_id] = Node(Liveness(self._pace.heartbeat_s, self._pace.lost_after_s, now))
+            self._send(self._node_link, node_id, self._pace)
+
+    def _keep_up_with_nodes(self, now: float) -> None:
+        for node_id, node in list(self._nodes.items()):
+            if node.liveness.lost(now):
+                log.info("node %s is silent", node_id)
+                del self._nodes[node_id]
+            elif node.liveness.due(now):
+                self._send(self._node_link, node_id, Heartbeat(count=node.heartbeats))
+                node.heartbeats += 1
+                node.liveness.said(now)
+
+    # ----------------------------------------------------------------------------------- schedules
+
+    def _spread(self, forecast: Forecast) -> None:
+        """To each node of the layer's group its share, to the server the whole."""
+        shares: dict[str, list[int]] = {}
+        for expert, node_id in self._placed(forecast, self._view.members).items():
+            shares.setdefault(node_id, []).append(expert)
+        for node_id, experts in shares.items():
+            schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=experts)
+            self._count(node_id in self._nodes and self._send(self._node_link, node_id, schedule))
+        schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=forecast.experts)
+        self._count(self._send(self._server, SERVER, schedule))
+
+    def _placed(self, forecast: Forecast, members: list[Member]) -> dict[int, str]:
+        return place(forecast.layer, forecast.experts, members, self._view.group_size)
+
+    def _count(self, sent: bool) -> None:
+        self.counters.schedules += sent
+        self.counters.unsent += not sent
+
+    def _send(self, link: Link, peer: str, message: AnyMessage) -> bool:
+        """Whether it is on its way; a peer that is gone will be noticed by its silence."""
+        try:
+            link.send(peer, message, epoch=self.epoch)
+        except PeerGone as error:
+            log.debug("not sent: %s to %s", type(message).__name__, error)
+            return False
+        return True
