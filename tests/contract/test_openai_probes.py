@@ -93,6 +93,7 @@ def samples(app: Any) -> dict[tuple[str, frozenset[str]], float]:
         ("expert_wait_seconds_total", {MODEL}, 0.125),
         ("failovers_total", {MODEL}, 3),
         ("protocol_errors_total", {MODEL}, 4),
+        ("failures_total", {MODEL}, 5),
         ("predictor_up", {MODEL}, 1),
         ("node_up", {"node-0", "node"}, 1),
         ("expert_slots", {"node-0", "used"}, 1),

@@ -75,6 +75,13 @@ def test_a_character_is_never_split() -> None:
     assert contents == ["a", "🏔", "b"]
 
 
+def test_an_event_is_one_line_whoever_cuts_it() -> None:
+    text = "a\x85b\u2028c\u2029d\re\x0bf"
+    answer = ask(ScriptedEngine.saying(text), asking(stream=True))
+    assert text_of(events(answer.content)) == text
+    assert all(line == "" or line.startswith("data: ") for line in answer.text.splitlines())
+
+
 def test_headers_and_comments_come_while_the_engine_thinks() -> None:
     async def scenario() -> None:
         gate = Gate()

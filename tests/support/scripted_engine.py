@@ -56,6 +56,7 @@ READY = EngineHealth(
     prompt_tokens_total=11,
     generation_tokens_total=22,
     protocol_errors_total=4,
+    failures_total=5,
 )
 
 

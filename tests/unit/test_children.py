@@ -14,7 +14,6 @@ class FakeProcess:
     """Ends when it gets a signal out of `obeys`, or when `status` is set."""
 
     obeys: tuple[int, ...] = (signal.SIGTERM, signal.SIGKILL)
-    pid: int = 1
     status: int | None = None
     signals: list[int] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from odmoe_server import launch, listening
 from odmoe_server.config import ServerSettings, ServeSettings
+from odmoe_server.plan import Plan, children, environment
 from odmoe_wire.settings import load
 
 
@@ -23,8 +24,8 @@ def listener() -> Iterator[socket.socket]:
         yield bound
 
 
-def plan(tmp_path: Path, listener: socket.socket, *, cores: int = 2, **chosen: object) -> launch.Plan:
-    return launch.Plan(
+def plan(tmp_path: Path, listener: socket.socket, *, cores: int = 2, **chosen: object) -> Plan:
+    return Plan(
         settings=ServeSettings(**chosen),  # type: ignore[arg-type]
         store=tmp_path / "store",
         top_k=2,
@@ -39,13 +40,13 @@ def option(command: "list[str] | tuple[str, ...]", name: str) -> str:
 
 
 def test_one_server_some_nodes_one_predictor(tmp_path: Path, listener: socket.socket) -> None:
-    specs = launch.children(plan(tmp_path, listener, nodes=3))
+    specs = children(plan(tmp_path, listener, nodes=3))
     assert [spec.name for spec in specs] == ["server", "node-0", "node-1", "node-2", "predictor"]
     assert [spec.name for spec in specs if spec.stops_first] == ["server"]
 
 
 def test_everybody_finds_everybody(tmp_path: Path, listener: socket.socket) -> None:
-    _, node, _, predictor = launch.children(plan(tmp_path, listener))
+    _, node, _, predictor = children(plan(tmp_path, listener))
     cluster = f"ipc://{tmp_path}/cluster.sock"
     assert option(list(node.command), "--server-endpoint") == cluster
     assert option(list(predictor.command), "--server-endpoint") == cluster
@@ -56,7 +57,7 @@ def test_everybody_finds_everybody(tmp_path: Path, listener: socket.socket) -> N
 
 
 def test_no_predictor(tmp_path: Path, listener: socket.socket) -> None:
-    specs = launch.children(plan(tmp_path, listener, predictor=False))
+    specs = children(plan(tmp_path, listener, predictor=False))
     assert [spec.name for spec in specs] == ["server", "node-0", "node-1"]
     assert "--predictor-endpoint" not in specs[1].command
 
@@ -66,7 +67,7 @@ def test_no_predictor(tmp_path: Path, listener: socket.socket) -> None:
     [({}, "--slots", "4"), ({"slots": 3}, "--slots", "3"), ({"memory_mb": 100}, "--memory-mb", "100")],
 )
 def test_room_of_a_node(tmp_path: Path, listener: socket.socket, chosen: dict[str, int], flag: str, value: str) -> None:
-    node = list(launch.children(plan(tmp_path, listener, **chosen))[1].command)
+    node = list(children(plan(tmp_path, listener, **chosen))[1].command)
     assert option(node, flag) == value
     assert ("--slots" in node) != ("--memory-mb" in node)
 
@@ -78,7 +79,7 @@ def test_room_of_a_node(tmp_path: Path, listener: socket.socket, chosen: dict[st
 def test_threads_are_shared_out(
     tmp_path: Path, listener: socket.socket, cores: int, chosen: dict[str, int], of_server: int, of_node: int
 ) -> None:
-    specs = launch.children(plan(tmp_path, listener, cores=cores, **chosen))
+    specs = children(plan(tmp_path, listener, cores=cores, **chosen))
     assert specs[0].environment["OMP_NUM_THREADS"] == str(of_server)
     assert specs[1].environment["OMP_NUM_THREADS"] == option(list(specs[1].command), "--threads") == str(of_node)
 
@@ -94,7 +95,7 @@ def test_the_server_gets_the_same_settings(tmp_path: Path, listener: socket.sock
         host="0.0.0.0",
         max_context=99,
     )
-    server = launch.children(chosen)[0]
+    server = children(chosen)[0]
     got = load(ServerSettings, list(server.command[4:]), prog="odmoe server")
     assert server.command[3] == "server"
     assert got.model == str(tmp_path / "store")
@@ -108,16 +109,16 @@ def test_the_server_gets_the_same_settings(tmp_path: Path, listener: socket.sock
 
 
 def test_a_name_is_found_when_none_is_given(tmp_path: Path, listener: socket.socket) -> None:
-    server = launch.children(plan(tmp_path, listener, model="partitioned"))[0]
+    server = children(plan(tmp_path, listener, model="partitioned"))[0]
     assert load(ServerSettings, list(server.command[4:]), prog="x").served_model_names == ("partitioned",)
 
 
 def test_children_take_nothing_from_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ODMOE_SERVER_PORT", "1")
     monkeypatch.setenv("SOMETHING_ELSE", "kept")
-    environment = launch.environment(3)
-    assert "ODMOE_SERVER_PORT" not in environment
-    assert environment["SOMETHING_ELSE"] == "kept"
+    ours = environment(3)
+    assert "ODMOE_SERVER_PORT" not in ours
+    assert ours["SOMETHING_ELSE"] == "kept"
 
 
 def test_the_runtime_directory_is_private_and_goes_away() -> None:

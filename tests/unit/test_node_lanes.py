@@ -24,7 +24,8 @@ def test_a_job_that_raises_still_ends_with_an_event() -> None:
 def test_a_thread_lane_works_beside_the_caller_in_order_and_stops() -> None:
     wake = Wake()
     inbox = Inbox(wake)
-    lane = ThreadLane(inbox, name="lane")
+    prepared_in: list[str] = []
+    lane = ThreadLane(inbox, name="lane", prepare=lambda: prepared_in.append(threading.current_thread().name))
     gate, began = threading.Event(), threading.Event()
 
     def gated() -> LoadDone:
@@ -35,6 +36,7 @@ def test_a_thread_lane_works_beside_the_caller_in_order_and_stops() -> None:
     lane.submit(Job(gated, lambda reason: LoadBroke(0, reason)))
     lane.submit(Job(lambda: LoadDone(1, 0.0), lambda reason: LoadBroke(1, reason)))
     assert began.wait(10)
+    assert prepared_in == ["lane"]
     assert inbox.take() is None
     assert not lane.stop(timeout_s=0.0)
     gate.set()

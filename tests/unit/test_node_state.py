@@ -281,6 +281,51 @@ def test_a_certain_load_of_a_later_part_of_the_prompt_survives_an_earlier_part_a
     assert node.held == {(4, 0)}
 
 
+def test_release_frees_certain_loads_of_its_layer_too() -> None:
+    node = NodeRig(num_slots=2)
+    node.load(4, [0])
+    node.end_load()
+    node.release(3)
+    assert node.held == {(4, 0)}
+    node.release(4)
+    assert node.held == set()
+
+
+def test_a_certain_load_for_a_whole_prompt_lasts_until_its_last_part_is_computed() -> None:
+    node = NodeRig(num_slots=2)
+    node.load(4, [0], span=Span(1, 0, 64))
+    node.load(4, [0], span=Span(1, 0, 128))
+    node.compute(4, [0], spans=[Span(1, 0, 64)])
+    node.finish()
+    assert node.held == {(4, 0)}
+    node.compute(4, [0], spans=[Span(1, 64, 64)])
+    node.finish()
+    assert node.held == set()
+    assert node.state.counters.loads == 1
+
+
+def test_a_certain_load_that_was_computed_elsewhere_ends_with_the_next_position_at_its_layer() -> None:
+    node = NodeRig(num_slots=2)
+    node.load(4, [0], span=Span(1, 0, 8))
+    node.end_load()
+    node.compute(3, [1], position=8)
+    node.finish()
+    assert node.held == {(4, 0)}, "another part of the prompt may be ahead of it"
+    node.compute(4, [1], position=8)
+    node.finish()
+    assert node.held == set()
+
+
+def test_going_back_to_the_first_part_of_a_prompt_does_not_take_the_horizon_back() -> None:
+    node = NodeRig(num_slots=2)
+    node.compute(3, [0], spans=[Span(1, 64, 64)])
+    node.compute(4, [0], spans=[Span(1, 0, 64)])
+    node.finish()
+    node.forecast(3, [5], position=100)
+    assert node.loading == []
+    assert node.state.counters.late_forecasts == 1
+
+
 def test_cancel_takes_everything_of_the_sequence_and_answers_nothing() -> None:
     node = NodeRig(num_slots=2)
     node.forecast(4, [0])

@@ -114,6 +114,11 @@ def test_typing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(talk.messages) == 2
 
 
+def test_an_answer_has_no_power_over_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = conversation(lambda request: streamed("a\x1b[2Jb\x07\x9b1mc\td\r"))
+    assert "a[2Jb1mc" in screen(talk, "Hi", monkeypatch=monkeypatch)
+
+
 def test_clear_keeps_the_system_message(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = conversation(lambda request: streamed("x"))
     talk.messages = [{"role": "system", "content": "s"}]

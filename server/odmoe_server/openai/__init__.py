@@ -1,0 +1,1 @@
+"""The OpenAI dialect: schemas, errors, and how a generation is written as a body or a stream."""

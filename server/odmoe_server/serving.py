@@ -1,0 +1,165 @@
+"""`odmoe server`: puts store, engine, text and HTTP together and runs them until a signal comes.
+
+The one place which knows all of them. Loading the weights takes a while; the port answers before that, with 503.
+"""
+
+import logging
+import signal
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+import anyio.to_thread
+import uvicorn
+import zmq
+from fastapi import FastAPI
+
+from odmoe_model.skeleton import load_generation_config, load_tokenizer
+from odmoe_model.store import ExpertStore
+from odmoe_server import listening, logs, models
+from odmoe_server.app import create_app
+from odmoe_server.catalog import Catalog
+from odmoe_server.config import ServerSettings, ServingSettings
+from odmoe_server.engine.api import Engine, Sampling
+from odmoe_server.engine.build import EngineOptions, build_engine
+from odmoe_server.lifeline import end_with_parent
+from odmoe_server.text import TextCodec
+from odmoe_wire.keys import CurveKeys
+
+log = logging.getLogger(__name__)
+
+OWN_KEY = "server"
+MAX_HEADER_BYTES = 64 * 1024
+IDLE_CONNECTION_S = 30
+BACKLOG = 512
+
+
+class StartedEngine(Engine, Protocol):
+    """An engine with a life of its own."""
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        ...
+
+    def stop(self) -> None:
+        """End; may take some seconds."""
+        ...
+
+
+def run(settings: ServerSettings, *, store_path: Path) -> None:
+    """Serve the store at `store_path` until SIGINT or SIGTERM. Raises ValueError with a message for the user."""
+    if settings.exit_with_parent:
+        end_with_parent(signal.SIGKILL)
+    logs.configure(settings.log_level)
+    fd = settings.listen_fd
+    listener = listening.inherited(fd) if fd is not None else listening.bind(settings.host, settings.port)
+    store = ExpertStore.open(store_path, verify=False)
+    engine = build_engine(store, engine_options(settings), context=zmq.Context())
+    app = build_app(settings, store=store, engine=engine, lifespan=_lifespan(engine))
+    log.info("listening on %s", listening.url(listener))
+    # uvicorn catches these while it runs and raises them again when it is done: by then they have done their work.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: None)
+    uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[listener])
+
+
+def build_app(
+    settings: ServingSettings,
+    *,
+    store: ExpertStore,
+    engine: Engine,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None,
+) -> FastAPI:
+    """The HTTP application for a store and its engine."""
+    catalog = Catalog(
+        names=settings.served_model_names or (models.own_name(settings.model),),
+        created=int(time.time()),
+        context_length=engine.context_length,
+        fingerprint=f"odmoe_{store.manifest.digest[:12]}",
+        sampling=default_sampling(store, settings),
+    )
+    return create_app(
+        engine=engine,
+        text=TextCodec(load_tokenizer(store)),
+        catalog=catalog,
+        api_keys=api_keys(settings),
+        keep_alive_s=settings.keep_alive_s,
+        max_body_bytes=settings.max_body_mb * 2**20,
+        metrics_prefix=settings.metrics_prefix,
+        lifespan=lifespan,
+    )
+
+
+def default_sampling(store: ExpertStore, settings: ServingSettings) -> Sampling:
+    """For requests that say nothing: the operator's word, else the checkpoint's, else OpenAI's."""
+    own = load_generation_config(store)
+    temperature = own.temperature if settings.default_temperature is None else settings.default_temperature
+    top_p = own.top_p if settings.default_top_p is None else settings.default_top_p
+    return Sampling(
+        temperature=1.0 if temperature is None else float(temperature), top_p=1.0 if top_p is None else float(top_p)
+    )
+
+
+def api_keys(settings: ServingSettings) -> Sequence[str]:
+    """All keys that let a client in; none means that everyone may come."""
+    keys = [] if settings.api_key is None else [settings.api_key.get_secret_value()]
+    if settings.api_key_file is not None:
+        try:
+            lines = settings.api_key_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--api-key-file {settings.api_key_file} cannot be read: {error}") from None
+        from_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not from_file:
+            # Nobody asks for a key file to let everyone in.
+            raise ValueError(f"--api-key-file {settings.api_key_file} has no key in it")
+        keys += from_file
+    return keys
+
+
+def engine_options(settings: ServerSettings) -> EngineOptions:
+    """The engine's share of the settings."""
+    keys_dir = settings.keys_dir
+    return EngineOptions(
+        endpoint=settings.endpoint,
+        device=settings.device,
+        threads=settings.threads,
+        group_size=settings.group_size,
+        max_queued=settings.max_queued,
+        max_context=settings.max_context,
+        heartbeat_s=settings.heartbeat_s,
+        lost_after_s=settings.lost_after_s,
+        call_timeout_s=settings.call_timeout_s,
+        keys=None if keys_dir is None else CurveKeys.load(keys_dir, name=OWN_KEY),
+    )
+
+
+def uvicorn_config(app: FastAPI, settings: ServingSettings) -> uvicorn.Config:
+    """Everything about the HTTP server that must not be left to its defaults."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        backlog=BACKLOG,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=settings.drain_s,
+        log_config=None,
+        access_log=False,  # `guard` writes one, with request ids
+        server_header=False,
+        proxy_headers=False,
+    )
+
+
+def _lifespan(engine: StartedEngine) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        engine.start()
+        try:
+            yield
+        finally:
+            await anyio.to_thread.run_sync(engine.stop)
+
+    return lifespan
