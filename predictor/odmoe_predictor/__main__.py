@@ -1,19 +1,17 @@
 """`odmoe-predictor`: settings, signals and exit codes. The rest is imported when the settings are good."""
 
-import ctypes
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
 
 from odmoe_predictor.config import PredictorSettings
+from odmoe_wire.lifeline import end_with_parent
 from odmoe_wire.settings import parse
 
 PROG: Final = "odmoe-predictor"
 log = logging.getLogger(PROG)
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if settings.exit_with_parent:
-        _end_with_parent()
+        end_with_parent(signal.SIGTERM)
     try:
         _run(settings)
     except KeyboardInterrupt:
@@ -37,16 +35,6 @@ def _run(settings: PredictorSettings) -> None:
         run(settings, title=PROG)
     except CannotRunError as error:
         sys.exit(f"{PROG}: {error}")
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends (Linux)."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
-        sys.exit(f"{PROG}: --exit-with-parent: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:
-        sys.exit(f"{PROG}: the process that started this one has ended")
 
 
 if __name__ == "__main__":

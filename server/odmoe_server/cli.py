@@ -98,7 +98,7 @@ def prepare(
 ) -> None:
     """Turn a checkpoint into an expert store, and print where it is."""
     from odmoe_server import models, progress
-    from odmoe_server.lifeline import end_with_parent
+    from odmoe_wire.lifeline import end_with_parent
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if exit_with_parent:

@@ -164,7 +164,12 @@ class EngineCollector(Collector):
         yield self._counter(
             "expert_activations", "Experts the gate chose in decode steps, over layers and steps.", totals.activations
         )
-        yield self._counter("expert_activations_predicted", "Those of them in a forecast in time.", totals.predicted)
+        yield self._counter(
+            "expert_activations_predicted", "Those of them in a forecast before the gate spoke.", totals.predicted
+        )
+        yield self._counter(
+            "expert_activations_predicted_late", "Those of them in a forecast after it.", totals.predicted_late
+        )
         outcomes = CounterMetricFamily(
             f"{self._prefix}:expert_predictions",
             "Experts by how the compute found them: hit (in its slot), late (being loaded), miss (not ordered yet).",
@@ -174,8 +179,9 @@ class EngineCollector(Collector):
             outcomes.add_metric((outcome,), count)
         yield outcomes
         if totals.activations:
-            recall = totals.predicted / totals.activations
-            yield self._gauge("expert_prediction_recall", "Share of the activations that was forecast.", recall)
+            recall = (totals.predicted + totals.predicted_late) / totals.activations
+            text = "Share of the activations that was forecast, in time or not."
+            yield self._gauge("expert_prediction_recall", text, recall)
         yield self._counter("expert_wait_seconds", "Time computes waited for experts.", totals.wait_s)
         yield self._counter("failovers", "Computations given to another node.", health.failovers_total)
         yield self._counter("failures", "Answers that broke off for a reason nobody foresaw.", health.failures_total)

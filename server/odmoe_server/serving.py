@@ -24,9 +24,9 @@ from odmoe_server.catalog import Catalog
 from odmoe_server.config import ServerSettings, ServingSettings
 from odmoe_server.engine.api import Engine, Sampling
 from odmoe_server.engine.build import EngineOptions, build_engine
-from odmoe_server.lifeline import end_with_parent
 from odmoe_server.text import TextCodec
 from odmoe_wire.keys import CurveKeys
+from odmoe_wire.lifeline import end_with_parent
 
 log = logging.getLogger(__name__)
 
