@@ -47,7 +47,7 @@ class NodeOnLoopback:
             server=self.network.dealer("n", "server", accept=ToNode, limits=limits),
             predictor=self.network.dealer("n", "predictor", accept=ToNode, limits=limits),
             clock=self.network.clock,
-            inline=True,
+            threads=False,
         )
         self.at_server: list[Received] = []
         self.at_predictor: list[AnyMessage] = []
