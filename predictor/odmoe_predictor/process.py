@@ -22,6 +22,7 @@ from odmoe_predictor.switchboard import SERVER, FromNode, FromServer, RefusedErr
 from odmoe_wire.checks import Limits
 from odmoe_wire.endpoints import EndpointError
 from odmoe_wire.keys import CurveKeys, KeysError
+from odmoe_wire.lifeline import settle_heap
 from odmoe_wire.link import DealerLink, Link, RouterLink
 from odmoe_wire.messages import Hello
 from odmoe_wire.settings import table
@@ -70,6 +71,7 @@ def _run(settings: PredictorSettings, console: Console) -> None:
             del store  # and with it the mapping of all experts
             console.print(report_table(shadow.report))
             predictor = Predictor(hello, shadow, server=server, nodes=nodes)
+            settle_heap()
             log.info("node agents can connect to %s", nodes.endpoint)
             predictor.run()
         finally:

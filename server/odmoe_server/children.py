@@ -20,7 +20,7 @@ MAX_BACKOFF_S = 30.0
 SETTLED_S = 60.0
 MAX_FAILURES = 5
 EXIT_USAGE = 2
-KILL_AFTER_S = 5.0
+KILL_AFTER_S = 10.0
 _NAP_S = 0.02
 
 Forward = Callable[[str, str], None]

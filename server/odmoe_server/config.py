@@ -41,7 +41,7 @@ class ServingSettings(RoleSettings):
         None, ge=1, description="nodes that serve one layer together; else the experts a token has"
     )
     heartbeat_s: float = Field(0.25, gt=0, description="time between life signs of nodes and predictor")
-    lost_after_s: float = Field(1.5, gt=0, description="silence after which a node is given up")
+    lost_after_s: float = Field(3.0, gt=0, description="silence after which a node is given up")
     call_timeout_s: float = Field(60.0, gt=0, description="longest a layer's experts may take, failovers included")
     device: str = Field("cpu", description="torch device of attention and routers, such as cpu or cuda:0")
     metrics_prefix: str = Field("odmoe", pattern=r"^[A-Za-z_]\w*$", description="prefix of the metrics' names")

@@ -260,4 +260,3 @@ class TestSampler:
             assert {sampler.next_token(self.logits_V) for _ in range(50)} == {1}
         sampler = Sampler(Sampling(top_p=0.9, seed=0))
         assert {sampler.next_token(self.logits_V) for _ in range(200)} == {1, 3}
-

@@ -205,8 +205,12 @@ class Dispatch:
     def _release(
         self, call: LayerCall, predicted: frozenset[int], members: list[Member], *, used: set[str], epoch: int
     ) -> list[Action]:
-        """Tell the nodes that loaded only wrong experts for this layer that they may free them."""
+        """Tell the nodes that loaded only wrong experts for this layer that they may free them. The whole group is
+        told, since a forecast may have reached a node and not us yet."""
+        if not any(span.position for span in call.spans):
+            return []  # a prompt has no forecasts
         holders = set(place(call.layer, predicted, members, self.config.group_size).values())
+        holders |= {member.node_id for member in group_of(call.layer, members, self.config.group_size)}
         release = Release(spans=list(call.spans), layer=call.layer)
         return [Send(peer_id=node_id, message=release, epoch=epoch) for node_id in sorted(holders - used)]
 

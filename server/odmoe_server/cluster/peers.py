@@ -24,7 +24,7 @@ class ClusterConfig:
     num_experts: int
     group_size: int
     heartbeat_s: float = 0.25
-    lost_after_s: float = 1.5
+    lost_after_s: float = 3.0
     compute_floor_s: float = 2.0
     compute_cap_s: float = 30.0
     call_timeout_s: float = 60.0

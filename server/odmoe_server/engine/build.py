@@ -18,6 +18,7 @@ from odmoe_server.engine.step import Stepper
 from odmoe_server.moe.remote import RemoteExperts, Tally
 from odmoe_wire.checks import Limits
 from odmoe_wire.keys import CurveKeys
+from odmoe_wire.lifeline import settle_heap
 from odmoe_wire.link import Link, RouterLink
 from odmoe_wire.messages import ToServer
 
@@ -33,7 +34,7 @@ class EngineOptions:
     max_queued: int = 64
     max_context: int | None = None
     heartbeat_s: float = 0.25
-    lost_after_s: float = 1.5
+    lost_after_s: float = 3.0
     call_timeout_s: float = 60.0
     keys: CurveKeys | None = None
 
@@ -81,6 +82,7 @@ def load_model(store: ExpertStore, options: EngineOptions, *, cluster: ClusterDr
     model = load_skeleton(store, device=options.device)
     experts, total = RemoteExperts(cluster=cluster), Tally()
     install(model, experts)
+    settle_heap()
     return Loaded(
         stepper=Stepper(model, experts=experts, cluster=cluster, total=total),
         new_cache=lambda: DynamicCache(config=model.config),

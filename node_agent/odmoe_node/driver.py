@@ -1,0 +1,357 @@
+"""A node agent's links, clock and lanes: takes events to the core and does what it says. Decides nothing
+itself.
+
+`run` is the loop of a thread or process; `pump` does all that waits once, for tests without threads. An agent
+keeps to itself: several can live in one process, and signals are its caller's business.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from odmoe_model.tensors import from_blob, to_blob
+from odmoe_node.bank import SlotBank
+from odmoe_node.events import (
+    Action,
+    Answer,
+    ComputeBroke,
+    ComputeDone,
+    Event,
+    Forget,
+    LoadBroke,
+    LoadDone,
+    ServerLost,
+    StartCompute,
+    StartLoad,
+    Tell,
+    Tick,
+    Told,
+)
+from odmoe_node.lanes import Inbox, InlineLane, Job, Lane, ThreadLane
+from odmoe_node.memory import resident_bytes
+from odmoe_node.session import Session
+from odmoe_node.state import NodeState
+from odmoe_wire.codec import Blob, Received
+from odmoe_wire.link import Link, PeerGone
+from odmoe_wire.messages import (
+    AnyMessage,
+    Bye,
+    Cancel,
+    Compute,
+    ComputeFailed,
+    Heartbeat,
+    Hello,
+    Load,
+    ProtocolErrorNotice,
+    Refused,
+    Release,
+    Result,
+    Schedule,
+    SlotReport,
+    View,
+    Welcome,
+)
+from odmoe_wire.waiting import Wake, wait
+
+log = logging.getLogger(__name__)
+
+SERVER = "server"
+PREDICTOR = "predictor"
+MAX_BURST = 64  # messages taken from one link before the others and the heartbeats have their turn
+DRAIN_S = 5.0  # for computes in hand when the node is told to leave
+FAREWELL_S = 0.1  # for the last messages to get out of the process
+
+
+class RefusedError(Exception):
+    """The server does not take this node in; the text is the server's reason."""
+
+
+@dataclass(slots=True, eq=False)
+class InHand:
+    """Rows of a request: per expert those to compute, and those computed."""
+
+    rows: dict[int, Tensor]  # expert -> x_NH
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # expert -> y_NH
+
+
+@dataclass(slots=True)
+class Peer:
+    """The server or the predictor: its link and where we stand with it."""
+
+    name: str
+    link: Link
+    session: Session
+    heartbeats: int = 0
+
+
+class NodeAgent:
+    """`hello` tells who we are. With `threads`, loads and computes are done on threads of their own, each of which
+    lets torch use `torch_threads`; without, where `pump` is called."""
+
+    def __init__(
+        self,
+        hello: Hello,
+        *,
+        bank: SlotBank,
+        server: Link,
+        predictor: Link | None = None,
+        clock: Callable[[], float] = monotonic,
+        hello_every_s: float = 0.25,
+        torch_threads: int = 1,
+        threads: bool = True,
+    ) -> None:
+        self.state = NodeState(num_slots=hello.slots, slot_bytes=bank.record_bytes)
+        self.loop_errors = 0
+        self.undelivered = 0
+        self._hello = hello
+        self._bank = bank
+        self._clock = clock
+        self._wake = Wake()
+        self._inbox = Inbox(self._wake)
+        links = {SERVER: server} if predictor is None else {SERVER: server, PREDICTOR: predictor}
+        self._peers = {
+            name: Peer(name, link, Session(hello_every_s=hello_every_s, now=clock())) for name, link in links.items()
+        }
+        self._server = self._peers[SERVER]
+        self._loads = self._lane("load", threads=threads, torch_threads=torch_threads)
+        self._computes = self._lane("compute", threads=threads, torch_threads=torch_threads)
+        self._in_hand: dict[int, InHand] = {}
+        self._stopping = False
+
+    # ------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Until `stop`, then finish the computes in hand (at most `DRAIN_S`), say goodbye and close the
+        links. Raises RefusedError when the server does not want us."""
+        try:
+            while not self._stopping:
+                self._turn()
+            self._drain()
+        finally:
+            self._leave()
+
+    def stop(self) -> None:
+        """Make `run` end now; from any thread."""
+        self._stopping = True
+        self._wake.set()
+
+    def stop_soon(self) -> None:
+        """Make `run` end within a heartbeat; takes no lock, so that a signal handler may call it."""
+        self._stopping = True
+
+    def pump(self, now: float) -> bool:
+        """Do all that waits; true if there was anything."""
+        self._wake.clear()
+        busy = self._take_ended(now)
+        for peer in self._peers.values():
+            busy = self._take_messages(peer, now) or busy
+        busy = self._take_ended(now) or busy
+        deadline_s = self.state.next_deadline_s()
+        if deadline_s is not None and deadline_s <= now:
+            self._do(Tick(), now)
+        for peer in self._peers.values():
+            self._keep_up(peer, now)
+        return busy
+
+    def report(self) -> SlotReport:
+        """What the node's memory and work look like now."""
+        counters, state = self.state.counters, self.state
+        return SlotReport(
+            used_slots=state.used_slots,
+            accounted_bytes=state.accounted_bytes,
+            arena_bytes=self._bank.arena_bytes,
+            budget_bytes=self._hello.budget_bytes,
+            rss_bytes=resident_bytes(),
+            loads_total=counters.loads,
+            loads_failed_total=counters.loads_failed,
+            loads_cancelled_total=counters.loads_cancelled,
+            loads_unused_total=counters.loads_unused,
+            load_bytes_total=counters.loads * self._bank.record_bytes,
+            load_s_total=counters.load_s,
+            compute_s_total=counters.compute_s,
+            protocol_errors_total=sum(peer.link.protocol_errors for peer in self._peers.values()),
+        )
+
+    def _turn(self) -> None:
+        try:
+            wait([peer.link for peer in self._peers.values()], self._wake, timeout_s=self._wait_s(self._clock()))
+            self.pump(self._clock())
+        except RefusedError:
+            raise
+        except Exception:  # outermost loop: one bad event must not end the node
+            self.loop_errors += 1
+            log.exception("the node failed on an event; the story so far: %s", list(self.state.story)[-20:])
+
+    def _wait_s(self, now: float) -> float:
+        waits_s = [peer.session.wait_s(now) for peer in self._peers.values()]
+        deadline_s = self.state.next_deadline_s()
+        if deadline_s is not None:
+            waits_s.append(max(0.0, deadline_s - now))
+        return min(waits_s)
+
+    def _drain(self) -> None:
+        until_s = self._clock() + DRAIN_S
+        while self.state.num_requests and self._clock() < until_s:
+            self._turn()
+
+    def _leave(self) -> None:
+        log.info("%s leaves: %s", self._hello.peer_id, self.state.counters)
+        for peer in self._peers.values():
+            self._send(peer, Bye(reason="the node was told to stop"))
+        self._wake.clear()
+        wait([], self._wake, timeout_s=FAREWELL_S)
+        for lane in (self._loads, self._computes):
+            lane.stop(timeout_s=DRAIN_S)
+        for peer in self._peers.values():
+            peer.link.close()
+        self._wake.close()
+
+    def _lane(self, work: str, *, threads: bool, torch_threads: int) -> Lane:
+        if not threads:
+            return InlineLane(self._inbox)
+        # Said in each thread: OpenMP and MKL keep it per thread, and a new one would take all cores. Measured on two
+        # busy cores: a computation of 0.1 ms then takes up to 24 ms, waiting for its helpers.
+        name = f"{self._hello.peer_id}-{work}"
+        return ThreadLane(self._inbox, name=name, prepare=lambda: torch.set_num_threads(torch_threads))
+
+    # ------------------------------------------------------------------------- what comes in
+
+    def _take_ended(self, now: float) -> bool:
+        busy = False
+        while (event := self._inbox.take()) is not None:
+            busy = True
+            self._do(event, now)
+        return busy
+
+    def _take_messages(self, peer: Peer, now: float) -> bool:
+        for taken in range(MAX_BURST):
+            item = peer.link.receive()
+            if item is None:
+                return taken > 0
+            received = item[1]
+            was_joined = peer.session.is_joined
+            peer.session.heard(received.message, now)
+            if peer.session.is_joined and not was_joined:
+                log.info("%s is connected to the %s", self._hello.peer_id, peer.name)
+            if peer is self._server:
+                self._from_server(received, now)
+            else:
+                self._from_predictor(received, now)
+        self._wake.set()  # there may be more
+        return True
+
+    def _from_server(self, received: Received, now: float) -> None:
+        message = received.message
+        match message:
+            case Compute():
+                self._on_compute(message, received, now)
+            case Welcome() | View() | Load() | Release() | Cancel():
+                self._do(Told(message, received.epoch), now)
+            case Bye(reason=reason):
+                log.warning("the server says bye: %s", reason)
+                self._do(ServerLost(), now)
+            case Refused(reason=reason):
+                raise RefusedError(reason)
+            case ProtocolErrorNotice(reason=reason):
+                log.warning("the server did not accept a message: %s", reason)
+            case _:  # heartbeats have served as life signs; forecasts come from the predictor alone
+                pass
+
+    def _from_predictor(self, received: Received, now: float) -> None:
+        match received.message:
+            case Schedule() as message:
+                if not self._stopping:
+                    self._do(Told(message, received.epoch), now)
+            case ProtocolErrorNotice(reason=reason):
+                log.warning("the predictor did not accept a message: %s", reason)
+            case _:  # its welcome, heartbeats and bye are the session's business
+                pass
+
+    def _on_compute(self, message: Compute, received: Received, now: float) -> None:
+        if self._stopping:
+            reason = "the node is about to leave"
+            self._send(self._server, ComputeFailed(request_id=message.request_id, code="cancelled", reason=reason))
+            return
+        if not self.state.in_hand(message.request_id):
+            rows_TH = from_blob(received.blobs[0])
+            rows = dict(zip(message.experts, torch.split(rows_TH, message.counts), strict=True))
+            self._in_hand[message.request_id] = InHand(rows)
+        self._do(Told(message, received.epoch), now)
+        if not self.state.in_hand(message.request_id):  # stale, or repeated after its end
+            self._in_hand.pop(message.request_id, None)
+
+    # ------------------------------------------------------------------------- what goes out
+
+    def _do(self, event: Event, now: float) -> None:
+        for action in self.state.handle(event, now):
+            self._act(action)
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case StartLoad():
+                self._loads.submit(self._load_job(action))
+            case StartCompute():
+                self._computes.submit(self._compute_job(action))
+            case Answer(message=message):
+                in_hand = self._in_hand.pop(message.request_id)
+                self._send(self._server, message, blobs=_result_blobs(message, in_hand))
+            case Forget(request_id=request_id):
+                del self._in_hand[request_id]
+            case Tell(message=message):
+                self._send(self._server, message)
+            case _:
+                assert_never(action)
+
+    def _load_job(self, order: StartLoad) -> Job:
+        def run() -> Event:
+            return LoadDone(order.slot, self._bank.load(order.slot, order.key.layer, order.key.expert))
+
+        return Job(run, lambda reason: LoadBroke(order.slot, reason))
+
+    def _compute_job(self, order: StartCompute) -> Job:
+        in_hand, expert = self._in_hand[order.request_id], order.key.expert
+
+        def run() -> Event:
+            began_s = monotonic()
+            in_hand.outputs[expert] = self._bank.rows(order.slot, in_hand.rows[expert])
+            return ComputeDone(order.slot, monotonic() - began_s)
+
+        return Job(run, lambda reason: ComputeBroke(order.slot, reason))
+
+    def _keep_up(self, peer: Peer, now: float) -> None:
+        """Say hello or a life sign if it is due; notice that the other side is gone."""
+        if peer.session.check_lost(now):
+            log.warning("the %s is silent; saying hello until it returns", peer.name)
+            if peer is self._server:
+                self._do(ServerLost(), now)
+        due = peer.session.due(now)
+        if due == "hello":
+            self._send(peer, self._hello)
+        elif due == "heartbeat":
+            self._send(peer, Heartbeat(count=peer.heartbeats))
+            peer.heartbeats += 1
+            if peer is self._server:
+                self._send(peer, self.report())
+        if due is not None:
+            peer.session.said(now)
+
+    def _send(self, peer: Peer, message: AnyMessage, *, blobs: tuple[Blob, ...] = ()) -> None:
+        try:
+            peer.link.send(peer.name, message, epoch=self.state.epoch, blobs=blobs)
+        except PeerGone as error:
+            # Its silence will be noticed; an answer that is lost meanwhile the server asks of another node.
+            self.undelivered += not isinstance(message, Hello)
+            log.debug("not sent: %s to %s", type(message).__name__, error)
+
+
+def _result_blobs(message: Result | ComputeFailed, in_hand: InHand) -> tuple[Blob, ...]:
+    """The outputs in the order of the request's experts, as one blob [T, H]; none with a failure."""
+    if isinstance(message, ComputeFailed):
+        return ()
+    outputs = [in_hand.outputs[timing.expert] for timing in message.timings]
+    return (to_blob(outputs[0] if len(outputs) == 1 else torch.cat(outputs)),)
