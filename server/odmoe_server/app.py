@@ -15,7 +15,7 @@ from starlette.types import Lifespan
 
 from odmoe_server import probes
 from odmoe_server.catalog import Catalog
-from odmoe_server.engine.api import Engine, EngineError
+from odmoe_server.engine_api import Engine, EngineError
 from odmoe_server.guard import Guard
 from odmoe_server.metrics import Metrics
 from odmoe_server.openai.chat import ChatService

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from odmoe_server.engine.api import Sampling
+from odmoe_server.engine_api import Sampling
 from odmoe_server.openai.errors import UnknownModel
 from odmoe_server.openai.schemas import Model, ModelList
 

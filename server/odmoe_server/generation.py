@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from odmoe_server.engine.api import Engine, ExpertStats, Finished, FinishReason, GenerationFailed, GenerationRequest
+from odmoe_server.engine_api import Engine, ExpertStats, Finished, FinishReason, GenerationFailed, GenerationRequest
 from odmoe_server.metrics import Meter
 from odmoe_server.stops import StopFilter
 from odmoe_server.text import Detokeniser

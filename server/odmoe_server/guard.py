@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from odmoe_server.engine.api import NotReady
+from odmoe_server.engine_api import NotReady
 from odmoe_server.metrics import Metrics
 from odmoe_server.openai.errors import SHUTTING_DOWN, BadKey, problem_of
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from odmoe_server.engine.api import Engine, EngineHealth, NodeHealth, NotReady, QueueFull
+from odmoe_server.engine_api import Engine, EngineHealth, NodeHealth, NotReady, QueueFull
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("loading", "waiting", "ready", "stopping", "dead")

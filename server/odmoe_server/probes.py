@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from odmoe_server.engine.api import Engine, NodeHealth
+from odmoe_server.engine_api import Engine, NodeHealth
 from odmoe_server.metrics import CONTENT_TYPE, Metrics
 from odmoe_server.openai.errors import NOT_READY_RETRY_S
 

@@ -22,8 +22,8 @@ from odmoe_server import listening, logs, models
 from odmoe_server.app import create_app
 from odmoe_server.catalog import Catalog
 from odmoe_server.config import ServerSettings, ServingSettings
-from odmoe_server.engine.api import Engine, Sampling
 from odmoe_server.engine.build import EngineOptions, build_engine
+from odmoe_server.engine_api import Engine, Sampling
 from odmoe_server.text import TextCodec
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.lifeline import end_with_parent

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from odmoe_server.engine.api import ExpertStats, GenerationFailed
+from odmoe_server.engine_api import ExpertStats, GenerationFailed
 from support.http_app import ALIAS, CHAT, MODEL, app_of, asking, request
 from support.scripted_engine import READY, ScriptedEngine, words
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from odmoe_server.engine.api import GenerationFailed, NotReady, QueueFull
+from odmoe_server.engine_api import GenerationFailed, NotReady, QueueFull
 from support.http_app import DEADLINE_S, Wire, app_of, ask, asking, events, text_of
 from support.scripted_engine import Gate, ScriptedEngine, words
 

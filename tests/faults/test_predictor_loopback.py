@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from odmoe_model.store import ExpertStore
-from odmoe_server.engine.api import ExpertStats
+from odmoe_server.engine_api import ExpertStats
 from odmoe_wire.codec import Blob
 from odmoe_wire.link import Link
 from odmoe_wire.messages import AnyMessage, Schedule

@@ -14,7 +14,7 @@ import uvicorn
 
 from odmoe_server import listening
 from odmoe_server.config import ServeSettings
-from odmoe_server.engine.api import QueueFull
+from odmoe_server.engine_api import QueueFull
 from odmoe_server.serving import uvicorn_config
 from support.http_app import MODEL, app_of, events, text_of
 from support.scripted_engine import Gate, ScriptedEngine, words

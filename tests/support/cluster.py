@@ -21,8 +21,8 @@ from odmoe_node.driver import NodeAgent
 from odmoe_predictor.driver import Predictor
 from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import FromNode, FromServer
-from odmoe_server.engine.api import Finished, GenerationRequest, Sampling
 from odmoe_server.engine.build import EngineOptions, ServingEngine, build_engine
+from odmoe_server.engine_api import Finished, GenerationRequest, Sampling
 from odmoe_wire.checks import Limits
 from odmoe_wire.link import DealerLink, Link, RouterLink
 from odmoe_wire.messages import Hello, ToNode

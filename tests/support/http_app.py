@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from odmoe_server.app import create_app
 from odmoe_server.catalog import Catalog
-from odmoe_server.engine.api import Sampling
+from odmoe_server.engine_api import Sampling
 from odmoe_server.text import TextCodec
 from support.scripted_engine import ScriptedEngine, tiny_tokenizer
 

@@ -15,11 +15,11 @@ from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import FromNode, FromServer
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.state import ClusterState
-from odmoe_server.engine.api import ExpertStats, GenerationRequest, Sampling
 from odmoe_server.engine.build import EngineOptions, cluster_config, load_model
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine.sequence import Outbox
 from odmoe_server.engine.sequence import Sequence as Generation
+from odmoe_server.engine_api import ExpertStats, GenerationRequest, Sampling
 from odmoe_wire.link import Link
 from odmoe_wire.loopback import LoopbackNetwork
 from odmoe_wire.messages import ToNode, ToServer

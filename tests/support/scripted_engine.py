@@ -11,7 +11,7 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from odmoe_server.engine.api import (
+from odmoe_server.engine_api import (
     EngineHealth,
     ExpertStats,
     Finished,

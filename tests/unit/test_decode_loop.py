@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from odmoe_server.cluster.calls import CallError
-from odmoe_server.engine.api import (
+from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
+from odmoe_server.engine.sampling import Sampler
+from odmoe_server.engine_api import (
     Finished,
     GenerationFailed,
     GenerationRequest,
@@ -20,8 +22,6 @@ from odmoe_server.engine.api import (
     Sampling,
     Token,
 )
-from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
-from odmoe_server.engine.sampling import Sampler
 from odmoe_server.moe.remote import Tally
 
 END_ID = 2

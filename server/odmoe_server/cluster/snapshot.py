@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from odmoe_server.cluster.peers import Peer
 from odmoe_server.cluster.state import ClusterState
-from odmoe_server.engine.api import NodeHealth
+from odmoe_server.engine_api import NodeHealth
 
 
 @dataclass(frozen=True, kw_only=True)

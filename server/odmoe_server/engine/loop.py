@@ -16,7 +16,10 @@ from transformers import DynamicCache
 
 from odmoe_server.cluster.calls import CallError
 from odmoe_server.cluster.driver import ClusterDriver
-from odmoe_server.engine.api import (
+from odmoe_server.engine.sampling import Sampler
+from odmoe_server.engine.sequence import Outbox, Sequence
+from odmoe_server.engine.step import Stepper
+from odmoe_server.engine_api import (
     EngineError,
     EngineHealth,
     Finished,
@@ -26,9 +29,6 @@ from odmoe_server.engine.api import (
     QueueFull,
     Token,
 )
-from odmoe_server.engine.sampling import Sampler
-from odmoe_server.engine.sequence import Outbox, Sequence
-from odmoe_server.engine.step import Stepper
 from odmoe_server.moe.remote import Tally
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Loaded:
 
 
 class DecodeLoop:
-    """The engine (see `engine.api.Engine`). `load` runs first thing on the loop's own thread."""
+    """The engine (see `engine_api.Engine`). `load` runs first thing on the loop's own thread."""
 
     def __init__(self, *, cluster: ClusterDriver, limits: EngineLimits, load: Callable[[], Loaded]) -> None:
         self._cluster = cluster
@@ -93,7 +93,7 @@ class DecodeLoop:
         self._thread.join(timeout_s)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Token | Finished, None]:
-        """See `engine.api.Engine.generate`."""
+        """See `engine_api.Engine.generate`."""
         outbox = Outbox(loop=asyncio.get_running_loop())
         self._enqueue(request, outbox)
         try:
@@ -108,7 +108,7 @@ class DecodeLoop:
             outbox.closed.set()
 
     def health(self) -> EngineHealth:
-        """See `engine.api.Engine.health`."""
+        """See `engine_api.Engine.health`."""
         cluster = self._cluster.snapshot
         total = self._loaded.total if self._loaded else Tally()
         waiting = self._state == "ready" and cluster.num_nodes_alive == 0

@@ -6,7 +6,7 @@ B sequences, V vocabulary.
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from odmoe_server.engine.api import Sampling
+from odmoe_server.engine_api import Sampling
 
 
 class Sampler:

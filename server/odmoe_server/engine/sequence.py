@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import DynamicCache
 
-from odmoe_server.engine.api import (
+from odmoe_server.engine.sampling import Sampler
+from odmoe_server.engine_api import (
     EngineError,
     ExpertStats,
     Finished,
@@ -14,7 +15,6 @@ from odmoe_server.engine.api import (
     GenerationRequest,
     Token,
 )
-from odmoe_server.engine.sampling import Sampler
 from odmoe_server.moe.remote import Tally
 
 Event = Token | Finished | EngineError

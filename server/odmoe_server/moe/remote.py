@@ -14,7 +14,7 @@ from odmoe_model.seam import ExpertsCall, combine, group_rows
 from odmoe_server.cluster.calls import PendingCall
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.events import LayerCall
-from odmoe_server.engine.api import ExpertStats
+from odmoe_server.engine_api import ExpertStats
 from odmoe_wire.messages import Span
 
 

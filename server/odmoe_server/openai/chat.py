@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from odmoe_server.catalog import Catalog
-from odmoe_server.engine.api import Engine, GenerationRequest, NotReady, Sampling
+from odmoe_server.engine_api import Engine, GenerationRequest, NotReady, Sampling
 from odmoe_server.generation import Ending, Piece, generate_text
 from odmoe_server.metrics import Meter, Metrics
 from odmoe_server.openai import render

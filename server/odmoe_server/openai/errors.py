@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from odmoe_server.engine.api import GenerationFailed, NotReady, QueueFull
+from odmoe_server.engine_api import GenerationFailed, NotReady, QueueFull
 
 NOT_READY_RETRY_S = 5
 SHUTTING_DOWN = "The server is shutting down."
