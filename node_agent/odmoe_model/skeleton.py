@@ -4,7 +4,8 @@ Goes the way `from_pretrained` goes from the empty model to the ready one, so th
 and the attention implementation come out the same. Knows nothing of who computes the experts (`seam`).
 """
 
-from typing import Any
+from threading import Lock
+from typing import Any, Final
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -17,16 +18,25 @@ from odmoe_model.quiet import no_loading_bars
 from odmoe_model.store import ExpertStore
 from odmoe_model.tensors import TORCH_DTYPE
 
+# While transformers builds a model it replaces functions and the default dtype of torch for the whole process. Two
+# threads at once would leave some replaced for good, and every later model of this process with wrong rotary buffers.
+_BUILDING: Final = Lock()
+
 
 def load_skeleton(store: ExpertStore, *, device: torch.device | str) -> PreTrainedModel:
     """The store's model with its non-expert weights on `device`, in evaluation mode. On the CPU they are views
     of the store's file. The experts' parameters are never allocated: they are on the meta device."""
+    with _BUILDING:
+        model = _build(store, torch.device(device))
+    model.generation_config = load_generation_config(store)
+    return model.eval()
+
+
+def _build(store: ExpertStore, device: torch.device) -> PreTrainedModel:
     dtype = TORCH_DTYPE[store.manifest.dtype]
     model = empty_model(build_config(store.manifest.config), dtype=dtype)
     # Each stored tensor has its final name and dtype: no mapping, and each parameter takes the stored dtype.
-    load_config = LoadStateDictConfig(
-        device_map={"": torch.device(device)}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype)
-    )
+    load_config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype))
     with no_loading_bars():
         loaded, _ = convert_and_load_state_dict_in_model(model, dict(store.non_expert()), load_config, None)
         expert_parameters = {
@@ -34,8 +44,7 @@ def load_skeleton(store: ExpertStore, *, device: torch.device | str) -> PreTrain
         }
         loaded.missing_keys -= expert_parameters
         model._finalize_model_loading(model, load_config, loaded)
-    model.generation_config = load_generation_config(store)
-    return model.eval()
+    return model
 
 
 def load_tokenizer(store: ExpertStore) -> Any:

@@ -1,14 +1,17 @@
 """What comes with the model: generation defaults and tokenizer, in the store and without one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from odmoe_model.prepare import prepare
 from odmoe_model.skeleton import load_generation_config, load_skeleton, load_tokenizer
 from odmoe_model.store import ExpertStore
+from support.stores import tiny_store
 from support.tiny import tiny_checkpoint, tiny_model
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -56,3 +59,19 @@ def test_tokens_of_the_checkpoint_in_another_dtype_than_its_configuration(tmp_pa
     store = ExpertStore.open(tmp_path / "store", verify=True)
     expected = model.model.layers[0].mlp.experts.down_proj[3].bfloat16()
     assert store.fields(store.record(0, 3))["down_proj"].equal(expected)
+
+
+def test_two_threads_may_build_at_once(tmp_path: Path) -> None:
+    """transformers replaces functions of torch while it builds; left replaced, they would spoil every later model."""
+    store = ExpertStore.open(tiny_store("mixtral", tmp_path), verify=False)
+    functions = {name: getattr(torch, name) for name in ("linspace", "arange", "empty", "zeros", "tensor")}
+    initialisers = {name: value for name, value in vars(torch.nn.init).items() if callable(value)}
+    want = dict(load_skeleton(store, device="cpu").named_buffers())
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load_skeleton(store, device="cpu"), range(12)))
+    for model in models:
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, want[name]), name
+    assert torch.get_default_dtype() is torch.float32
+    assert all(getattr(torch, name) is value for name, value in functions.items())
+    assert all(getattr(torch.nn.init, name) is value for name, value in initialisers.items())
