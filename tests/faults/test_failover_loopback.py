@@ -3,11 +3,13 @@
 One thread, virtual time, no sleep. Each test also ends with every slot free.
 """
 
+from pathlib import Path
+
 import pytest
 
 from odmoe_model.store import ExpertStore
 from odmoe_server.cluster.calls import CallError
-from odmoe_wire.messages import Compute, Result
+from odmoe_wire.messages import Compute, Load, Result
 from support.loopback_cluster import LoopbackCluster
 from support.reference import reference_tokens
 from support.stores import tiny_store
@@ -17,10 +19,14 @@ NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def store_and_expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExpertStore, list[int]]:
-    directory = tmp_path_factory.mktemp("mixtral")
-    store = ExpertStore.open(tiny_store("mixtral", directory), verify=False)
-    return store, reference_tokens(directory / "checkpoint", PROMPT, NUM_TOKENS)
+def store_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mixtral")
+
+
+@pytest.fixture(scope="module")
+def store_and_expected(store_directory: Path) -> tuple[ExpertStore, list[int]]:
+    store = ExpertStore.open(tiny_store("mixtral", store_directory), verify=False)
+    return store, reference_tokens(store_directory / "checkpoint", PROMPT, NUM_TOKENS)
 
 
 @pytest.fixture
@@ -168,3 +174,12 @@ def test_no_node_at_all_is_an_error_in_bounded_time(cluster: LoopbackCluster) ->
         cluster.generate(PROMPT, max_tokens=1)
     assert cluster.network.clock() - began_s <= cluster.state.config.call_timeout_s + 1.0
     assert not cluster.state.dispatch.calls
+
+
+def test_a_long_prompt_loads_each_next_layer_ahead(cluster: LoopbackCluster, store_directory: Path) -> None:
+    prompt = list(range(3, 43))
+    tokens, _ = cluster.generate(prompt, max_tokens=4)
+    assert tokens == reference_tokens(store_directory / "checkpoint", prompt, 4)
+    ahead = [sent.message for sent in cluster.network.story if isinstance(sent.message, Load)]
+    assert {message.layer for message in ahead} == {1, 2}
+    cluster.assert_nothing_held()

@@ -29,6 +29,7 @@ from odmoe_wire.messages import (
     ExpertTiming,
     Heartbeat,
     Hello,
+    Load,
     Member,
     Refused,
     Release,
@@ -146,6 +147,28 @@ def test_a_forecast_that_comes_after_the_gate_is_judged_and_not_used(cluster: Cl
     cluster.handle(call(counts={2: 1, 5: 1}), 1.0)
     assert say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[2, 3]), now=1.1) == []
     assert cluster.dispatch.predicted_late_total == 1
+    assert not cluster.dispatch.forecasts
+
+
+def test_an_expert_counts_as_forecast_once(cluster: ClusterState) -> None:
+    """A shadow that ran ahead on a wrong token forecasts the position again when it knows better."""
+    say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[2, 3]), now=1.0)
+    cluster.handle(call(counts={2: 1, 5: 1}), 1.0)
+    for _ in range(2):
+        say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[2, 5]), now=1.1)
+    assert cluster.dispatch.predicted_late_total == 1
+
+
+def test_the_newest_forecast_of_a_position_counts(cluster: ClusterState) -> None:
+    say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[2, 3]), now=1.0)
+    say(cluster, "p", Schedule(span=Span(7, 5), layer=0, experts=[4, 6]), now=1.1)
+    assert cluster.dispatch.predicted((Span(7, 5),), 0) == {4, 6}
+
+
+def test_a_forecast_for_a_sequence_that_is_over_is_not_kept(cluster: ClusterState) -> None:
+    cluster.handle(call(counts={2: 1}, position=5), 1.0)
+    cluster.handle(SequenceEnded(sequence=7), 1.1)
+    say(cluster, "p", Schedule(span=Span(7, 6), layer=0, experts=[2]), now=1.2)
     assert not cluster.dispatch.forecasts
 
 
@@ -286,3 +309,30 @@ class TestPeers:
         beats = messages_to(cluster.handle(TimePassed(), 0.3), Heartbeat)
         assert sorted(beats) == ["n0", "n1", "n2", "n3", "p"]
         assert messages_to(cluster.handle(TimePassed(), 0.31), Heartbeat) == []
+
+
+class TestLoadAhead:
+    def loads(self, actions: Iterable[Action]) -> dict[str, list[int]]:
+        sends = [a for a in actions if isinstance(a, Send) and isinstance(a.message, Load)]
+        assert all(a.message.layer == 1 for a in sends)  # type: ignore[union-attr]
+        return {a.peer_id: a.message.experts for a in sends}  # type: ignore[union-attr]
+
+    def test_a_long_prompt_loads_the_next_layer_where_it_will_be_computed(self, cluster: ClusterState) -> None:
+        actions = cluster.handle(call(counts=dict.fromkeys(range(8), 4), position=0, length=16), 1.0)
+        ahead = self.loads(actions)
+        assert sorted(expert for experts in ahead.values() for expert in experts) == list(range(8))
+        following = cluster.handle(call(2, layer=1, counts=dict.fromkeys((0, 3, 5, 6), 4), position=0, length=16), 1.1)
+        for node_id, experts in computes(following).items():
+            assert set(experts) <= set(ahead[node_id])
+
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            call(counts={1: 1, 4: 1}),
+            call(counts=dict.fromkeys(range(3), 1), position=0, length=2),
+            call(counts=dict.fromkeys(range(8), 4), layer=3, position=0, length=16),
+        ],
+        ids=["a decode step", "a short prompt", "the last layer"],
+    )
+    def test_nothing_is_loaded_ahead_for(self, cluster: ClusterState, request_: CallRequested) -> None:
+        assert self.loads(cluster.handle(request_, 1.0)) == {}

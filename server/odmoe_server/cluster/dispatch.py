@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 
 from odmoe_server.cluster.events import Action, CallFailed, LayerCall, PartDone, Send, SendCompute
 from odmoe_server.cluster.peers import ClusterConfig
-from odmoe_wire.messages import Compute, Member, Release, Result, Schedule, Span
+from odmoe_wire.messages import Compute, Load, Member, Release, Result, Schedule, Span
 from odmoe_wire.placement import group_of, place
 
 # A request is late after this many times what such a request has taken lately.
 LATE_FACTOR = 8.0
+# From this share of a layer's experts on, a prompt is taken to need all of the next layer's.
+LOAD_AHEAD_SHARE = 0.75
+MAX_REMEMBERED_SEQUENCES = 1024
 
 
 @dataclass(kw_only=True)
@@ -45,11 +48,13 @@ class Dispatch:
     requests: dict[int, _Request] = field(default_factory=dict)
     # (sequence, position) -> layer -> forecast experts
     forecasts: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
-    # The same for what the gate chose, to judge forecasts that come after it has spoken.
-    chosen: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
+    # The same for what the gate chose and no forecast had named, to judge forecasts that come after it has spoken.
+    unforeseen: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
     predicted_late_total: int = 0
     failovers_total: int = 0
     duplicates_total: int = 0
+    # Sequences that are over, oldest first: the predictor may be ahead of the news.
+    _ended: dict[int, None] = field(default_factory=dict)
     _last_request_id: int = 0
     _typical_row_s: float = 0.0
     _typical_expert_s: float = 0.0
@@ -57,18 +62,26 @@ class Dispatch:
     # -------------------------------------------------------------------------------------------- forecasts
 
     def forecast(self, schedule: Schedule) -> None:
-        """Remember what the predictor told the nodes; once the gate has spoken, only count what was right."""
+        """Remember what the predictor told the nodes, the newest forecast of a position and layer in place of older
+        ones; once the gate has spoken, only count what was right and is news."""
+        if schedule.span.sequence in self._ended:
+            return
         key = (schedule.span.sequence, schedule.span.position)
-        chosen = self.chosen.get(key, {}).get(schedule.layer)
-        if chosen is not None:
-            self.predicted_late_total += len(chosen & frozenset(schedule.experts))
+        layers = self.unforeseen.get(key, {})
+        if schedule.layer in layers:
+            named = layers[schedule.layer] & frozenset(schedule.experts)
+            layers[schedule.layer] -= named
+            self.predicted_late_total += len(named)
             return
         self.forecasts.setdefault(key, {})[schedule.layer] = frozenset(schedule.experts)
 
     def forget(self, sequence: int) -> None:
         """The sequence is over."""
         self.forecasts = {key: value for key, value in self.forecasts.items() if key[0] != sequence}
-        self.chosen = {key: value for key, value in self.chosen.items() if key[0] != sequence}
+        self.unforeseen = {key: value for key, value in self.unforeseen.items() if key[0] != sequence}
+        self._ended[sequence] = None
+        if len(self._ended) > MAX_REMEMBERED_SEQUENCES:
+            del self._ended[next(iter(self._ended))]
 
     def predicted(self, spans: Iterable[Span], layer: int) -> frozenset[int]:
         """Union of the spans' forecasts for a layer; empty when none has come."""
@@ -84,9 +97,11 @@ class Dispatch:
         self.calls[call.call_id] = _Call(call=call, deadline_s=deadline_s, open_experts=set(call.counts))
         predicted = self.predicted(call.spans, call.layer)
         for span in call.spans:
-            self.chosen.setdefault((span.sequence, span.position), {})[call.layer] = frozenset(call.counts)
+            unforeseen = frozenset(call.counts) - predicted
+            self.unforeseen.setdefault((span.sequence, span.position), {})[call.layer] = unforeseen
         assigned = assign(call, predicted, members, self.config.group_size)
         actions = self._send(call.call_id, assigned, epoch=epoch, now=now)
+        actions += self._load_ahead(call, members, epoch=epoch)
         return actions + self._release(call, predicted, members, used=set(assigned.values()), epoch=epoch)
 
     def abandon(self, call_id: int) -> None:
@@ -214,6 +229,23 @@ class Dispatch:
         release = Release(spans=list(call.spans), layer=call.layer)
         return [Send(peer_id=node_id, message=release, epoch=epoch) for node_id in sorted(holders - used)]
 
+    def _load_ahead(self, call: LayerCall, members: list[Member], *, epoch: int) -> list[Action]:
+        """While a long prompt is computed in this layer, the next one's experts are loaded: nearly all of them will be
+        needed (OD-MoE section 3.3), and each is dealt to the same node whichever they are."""
+        layer = call.layer + 1
+        is_prompt = not any(span.position for span in call.spans)
+        enough = len(call.counts) >= LOAD_AHEAD_SHARE * self.config.num_experts
+        if not (members and is_prompt and enough and layer < self.config.num_layers):
+            return []
+        dealt: dict[str, list[int]] = {}
+        for expert in range(self.config.num_experts):
+            dealt.setdefault(deal(expert, members), []).append(expert)
+        spans = list(call.spans)
+        return [
+            Send(peer_id=node_id, message=Load(spans=spans, layer=layer, experts=experts), epoch=epoch)
+            for node_id, experts in sorted(dealt.items())
+        ]
+
     def _in_flight(self, call_id: int, *, but: _Request | None = None) -> set[int]:
         """Experts of the call that some node is at work on."""
         return {e for r in self.requests.values() if r.call_id == call_id and r is not but for e in r.experts}
@@ -228,8 +260,8 @@ class Dispatch:
         for key in passed:
             del self.forecasts[key]
         # One position longer, so that the last forecasts of a token can still be judged.
-        for key in [key for key in self.chosen if key[1] < now_at.get(key[0], 0) - 1]:
-            del self.chosen[key]
+        for key in [key for key in self.unforeseen if key[1] < now_at.get(key[0], 0) - 1]:
+            del self.unforeseen[key]
 
     def _learn(self, result: Result, num_rows: int, *, took_s: float) -> None:
         """Moving averages of what requests take, for deadlines."""
@@ -254,7 +286,7 @@ def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], gr
     if not members:
         return {}
     if not predicted and len(needed) > group_size:
-        return {expert: members[i % len(members)].node_id for i, expert in enumerate(needed)}
+        return {expert: deal(expert, members) for expert in needed}
     placed = place(call.layer, predicted or needed, members, group_size)
     assigned = {expert: placed[expert] for expert in needed if expert in placed}
     work = {member.node_id: 0 for member in group_of(call.layer, members, group_size)}
@@ -265,6 +297,11 @@ def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], gr
             assigned[expert] = min(work, key=lambda node_id: work[node_id])
             work[assigned[expert]] += 1
     return assigned
+
+
+def deal(expert: int, members: list[Member]) -> str:
+    """Which of all workers computes an expert of a prompt, whatever else the prompt needs."""
+    return members[expert % len(members)].node_id
 
 
 def _last_index(tried: list[str], node_id: str) -> int:
