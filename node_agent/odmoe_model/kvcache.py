@@ -61,22 +61,29 @@ def export_cache(cache: DynamicCache, *, rows: int) -> tuple[list[CacheLayer], l
     return layers, tensors
 
 
-def import_cache(cache: DynamicCache, layers: Sequence[CacheLayer], tensors: Sequence[Tensor]) -> None:
+def import_cache(
+    cache: DynamicCache, layers: Sequence[CacheLayer], tensors: Sequence[Tensor], *, keep: int = 0
+) -> None:
     """Bring the cache to the state the entries describe: own positions from the first imported one on are
     replaced, those before it kept. Tensors are taken as they are (dtype and device are the caller's business).
+    The newest `keep` own positions stay behind the imported ones, which must reach up to them.
 
     Raises CacheError, with the cache unchanged, when the entries do not fit it or leave a gap."""
     _check_entries(cache, layers, tensors)
+    if keep and (not layers or keep != cache.get_seq_length() - layers[0].length):
+        raise CacheError(f"{keep} positions of a cache of {cache.get_seq_length()} do not follow the imported ones")
     plans: list[tuple[Any, CacheLayer, list[Tensor]]] = []
     start = 0
     for index, (layer, entry) in enumerate(zip(cache.layers, layers, strict=True)):
         given = list(tensors[start : start + entry.blobs])
         start += entry.blobs
         merged = _merged_kv(layer, entry, given, index) if entry.kind == "kv" else given
+        if keep:
+            merged = _with_newest(layer, merged, keep)
         plans.append((layer, entry, merged))
     for layer, entry, merged in plans:
         if entry.kind == "kv":
-            _set_kv(layer, merged[0], merged[1], length=entry.length)
+            _set_kv(layer, merged[0], merged[1], length=entry.length + keep)
         else:
             _set_state(layer, merged[0])
 
@@ -211,6 +218,14 @@ def _merged_kv(layer: Any, entry: CacheLayer, given: Sequence[Tensor], index: in
     if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
         merged = [tensor[..., -window:, :] for tensor in merged]
     return merged
+
+
+def _with_newest(layer: Any, merged: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """The layer's own newest positions behind what is to replace those before them."""
+    if isinstance(layer, LinearAttentionLayer):
+        return [torch.cat([merged[0], layer.conv_states[0][..., -keep:]], dim=-1)]
+    own = (layer.keys, layer.values)
+    return [torch.cat([new, old[..., -keep:, :]], dim=-2) for new, old in zip(merged, own, strict=True)]
 
 
 def _set_kv(layer: Any, keys_BhRD: Tensor, values_BhRD: Tensor, *, length: int) -> None:

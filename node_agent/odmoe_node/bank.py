@@ -6,6 +6,7 @@ back ends have one interface, `SlotBank`; `open_bank` chooses.
 Shape suffixes: N rows of one expert, H hidden size, B bytes of a record.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from odmoe_model.experts import ExpertMaths
 from odmoe_model.store import ExpertStore
+from odmoe_node.bank_emulated import GIGABYTE, EmulatedBank
 from odmoe_node.pages import page_forgetter
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "emulated"]
+
+log = logging.getLogger(__name__)
 
 
 class SlotBank(Protocol):
@@ -118,12 +122,17 @@ class CudaBank:
         return self._maths.rows(self._fields[slot], x_NH.to(self._device)).cpu()
 
 
-def open_bank(store: ExpertStore, *, num_slots: int, device: Device) -> SlotBank:
-    """A bank of `num_slots` slots. Raises ValueError when there is no such device or not so much memory."""
+def open_bank(store: ExpertStore, *, num_slots: int, device: Device, link_gbps: float | None = None) -> SlotBank:
+    """A bank of `num_slots` slots; `link_gbps`, in gigabytes a second, is the emulated device's link, and for it
+    alone. Raises ValueError when there is no such device or not so much memory."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no CUDA device: use --device cpu")
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     try:
+        if device == "emulated":
+            assert link_gbps is not None, "the settings see to it"
+            log.info("slots are emulated: nothing is copied, a link of %g GB/s only takes its time", link_gbps)
+            return EmulatedBank(store, num_slots=num_slots, bytes_per_s=link_gbps * GIGABYTE)
         bank = CudaBank if on_cuda else CpuBank
         return bank(store, num_slots=num_slots, forget=page_forgetter())
     except (RuntimeError, MemoryError) as error:

@@ -42,7 +42,7 @@ def build_agent(settings: NodeSettings, *, node_id: str, context: "zmq.Context[z
     EndpointError, KeysError among them) with a message for the user."""
     store = ExpertStore.open(settings.store, verify=settings.verify)
     slots, budget_bytes = _budget(settings, record_bytes=store.manifest.record_bytes)
-    bank: SlotBank = open_bank(store, num_slots=slots, device=settings.device)
+    bank: SlotBank = open_bank(store, num_slots=slots, device=settings.device, link_gbps=settings.link_gbps)
     keys = CurveKeys.load(settings.keys_dir, name=node_id) if settings.keys_dir else None
 
     def connect(endpoint: str, peer: str) -> DealerLink:

@@ -36,7 +36,17 @@ class NodeSettings(RoleSettings):
         None, ge=1, description="in place of --slots: budget for slots in megabytes of 1,000,000 bytes"
     )
     threads: int = Field(1, ge=1, description="threads one computation may use")
-    device: Device = Field("auto", description="where the slots are; auto takes CUDA if there is any")
+    device: Device = Field(
+        "auto",
+        description="where the slots are; auto takes CUDA if there is any; emulated, for benchmarks: loads copy "
+        "nothing and take the time of --link-gbps",
+    )
+    link_gbps: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="for --device emulated: its link's speed in gigabytes (1,000,000,000 bytes) per second",
+    )
     verify: bool = Field(True, description="check the digests of the store's files at start")
     keys_dir: Path | None = Field(None, description="directory of CURVE keys; needed for endpoints on other hosts")
     hello_every_s: float = Field(0.25, gt=0, le=60, description="pace of hellos while there is no server")
@@ -54,4 +64,12 @@ class NodeSettings(RoleSettings):
     def _one_budget(self) -> Self:
         if self.slots is not None and self.memory_mb is not None:
             raise ValueError("give --slots or --memory-mb, not both: either decides the other")
+        return self
+
+    @model_validator(mode="after")
+    def _link_speed_with_emulation(self) -> Self:
+        if self.device == "emulated" and self.link_gbps is None:
+            raise ValueError("--device emulated needs --link-gbps, the speed of its link in gigabytes per second")
+        if self.device != "emulated" and self.link_gbps is not None:
+            raise ValueError("--link-gbps is for --device emulated; other devices have links of their own")
         return self

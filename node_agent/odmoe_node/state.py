@@ -339,9 +339,11 @@ class NodeState:
             slot = self._make_room() if slot is None else slot
             on_demand = key.expert not in request.foreseen and not self._wants.wanted(key)
         else:
-            wanted = self._wants.first(resident=self._slots) if slot is not None else None
+            wanted = self._wants.first(resident=self._slots)
             if wanted is None:
                 return False
+            if slot is None:
+                slot = self._make_room(before=self._wants.rank(wanted))
             key, on_demand = wanted, False
         if slot is None:
             return False
@@ -349,14 +351,15 @@ class NodeState:
         self._actions.append(StartLoad(slot, key))
         return True
 
-    def _make_room(self) -> int | None:
-        """Take the slot of the expert needed last among those no compute waits for."""
+    def _make_room(self, *, before: Rank | None = None) -> int | None:
+        """Take the slot of the expert needed last among those no compute waits for; with `before` only if it is
+        needed later than that. An expert stays in its slot when a later token wants it too."""
         last: tuple[Rank, int] | None = None
         for slot in self._slots.occupied():
             state = self._slots[slot]
             if isinstance(state, Ready) and not self._requests.waited_for(state.key):
                 last = max(last or (self._wants.rank(state.key), slot), (self._wants.rank(state.key), slot))
-        if last is None:
+        if last is None or (before is not None and last[0] <= before):
             return None
         self._evict(last[1])
         return last[1]

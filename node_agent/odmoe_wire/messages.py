@@ -215,7 +215,7 @@ class Start(Message, frozen=True):
 class Align(Message, frozen=True):
     """Token and KV alignment. `cache` (one entry a decoder layer, blobs in that order; empty when KV is not
     aligned this time) brings the shadow's cache to `position` tokens; `tokens` are the next inputs, whose
-    routings the shadow forecasts."""
+    routings the shadow forecasts; when there are none, it goes on with its own next token there."""
 
     sequence: int
     position: int

@@ -11,7 +11,9 @@ from odmoe_wire.checks import is_peer_id
 from odmoe_wire.settings import RoleSettings
 
 # Of the shadow's weights.
-Precision = Literal["int8"]
+Precision = Literal["fp16", "int8", "nf4", "int4"]
+# Which of them: all but routers and embeddings, or only those of the routed experts.
+Scope = Literal["model", "experts"]
 
 
 class PredictorSettings(RoleSettings):
@@ -23,7 +25,9 @@ class PredictorSettings(RoleSettings):
     server_endpoint: str = Field("tcp://127.0.0.1:5700", description="where the server is")
     endpoint: str = Field("tcp://127.0.0.1:5701", description="where node agents connect to this predictor")
     peer_id: str = Field("predictor", description="name in the cluster, and of the key")
-    precision: Precision = Field("int8", description="of the shadow's weights")
+    precision: Precision = Field("int8", description="of the shadow's weights; fp16 is bf16 where that is faster")
+    scope: Scope = Field("model", description="what is quantised: the whole model, or its routed experts only")
+    run_ahead: int = Field(1, ge=0, le=16, description="tokens to forecast beyond the newest the server has sent")
     threads: int = Field(1, ge=1, description="threads to compute with")
     device: str = Field("cpu", description="torch device of the shadow, such as cpu or cuda:0")
     verify: bool = Field(False, description="check the digest of every file of the store first")

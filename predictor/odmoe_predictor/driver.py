@@ -26,7 +26,8 @@ JOIN_S: Final = 5.0
 
 
 class Predictor:
-    """`hello` says who we are; the links are ours to close once `run` was called."""
+    """`hello` says who we are; the links are ours to close once `run` was called. `run_ahead` is how many tokens to
+    forecast beyond the newest the server has sent."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Predictor:
         *,
         server: Link,
         nodes: Link,
+        run_ahead: int = 0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.loop_errors = 0
@@ -43,7 +45,7 @@ class Predictor:
         self._wake = Wake()
         self._mailbox = Mailbox(self._wake)
         self.switchboard = Switchboard(hello, server=server, nodes=nodes, mailbox=self._mailbox, now=clock())
-        self.worker = Worker(shadow, self._mailbox, clock=clock)
+        self.worker = Worker(shadow, self._mailbox, run_ahead=run_ahead, clock=clock)
         self._stopping = threading.Event()
         self._refused: RefusedError | None = None
 

@@ -4,7 +4,7 @@ Orders go one way, in order; forecasts and troubles the other. Knows what is que
 """
 
 import threading
-from collections import Counter, deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,12 +15,14 @@ from odmoe_wire.waiting import Wake
 # More means that the shadow has stopped; a sequence whose order was refused starts anew.
 MAX_ORDERS: Final = 1024
 
+OrderMessage = Start | Align | Rollback | End
+
 
 @dataclass(frozen=True)
 class Order:
     """What the server wants done for one sequence; `blobs` come with an Align."""
 
-    message: Start | Align | Rollback | End
+    message: OrderMessage
     blobs: tuple[Blob, ...] = ()
 
 
@@ -45,7 +47,7 @@ class Mailbox:
         self._wake = wake
         self._changed = threading.Condition()
         self._orders: deque[Order | ForgetAll] = deque()
-        self._waiting: Counter[int] = Counter()
+        self._waiting: defaultdict[int, list[OrderMessage]] = defaultdict(list)
         self._forgetting = False
         self._forecasts: deque[Forecast] = deque()
         self._troubles: deque[str] = deque()
@@ -58,7 +60,7 @@ class Mailbox:
             if len(self._orders) >= MAX_ORDERS:
                 return False
             self._orders.append(order)
-            self._waiting[order.message.sequence] += 1
+            self._waiting[order.message.sequence].append(order.message)
             self._changed.notify_all()
         return True
 
@@ -103,9 +105,20 @@ class Mailbox:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._orders), timeout_s)
 
-    def is_superseded(self, sequence: int) -> bool:
-        """Whether something newer waits for the sequence, so that a forecast under way is worth nothing."""
-        return self._forgetting or sequence in self._waiting
+    @property
+    def has_orders(self) -> bool:
+        """Whether anything waits to be taken."""
+        return bool(self._orders)
+
+    @property
+    def is_forgetting(self) -> bool:
+        """Whether an order to forget every sequence waits."""
+        return self._forgetting
+
+    def waiting(self, sequence: int) -> list[OrderMessage]:
+        """What waits for a sequence, oldest first."""
+        with self._changed:
+            return list(self._waiting.get(sequence, ()))
 
     def publish(self, forecast: Forecast) -> None:
         """Hand out a forecast at once."""

@@ -12,7 +12,7 @@ import torch
 import zmq
 from rich.console import Console
 
-from odmoe_model.quantize import Int8Weight, Quantizer
+from odmoe_model.quantize import HalfWeight, Int4Weight, Int8Weight, Nf4Weight, Quantizer
 from odmoe_model.store import ExpertStore, StoreError
 from odmoe_predictor.config import Precision, PredictorSettings
 from odmoe_predictor.driver import Predictor
@@ -29,7 +29,12 @@ from odmoe_wire.settings import table
 
 log = logging.getLogger(__name__)
 
-QUANTIZERS: Final[dict[Precision, Quantizer]] = {"int8": Int8Weight}
+QUANTIZERS: Final[dict[Precision, Quantizer]] = {
+    "fp16": HalfWeight,
+    "int8": Int8Weight,
+    "nf4": Nf4Weight,
+    "int4": Int4Weight,
+}
 _PROGRESS_EVERY_S: Final = 5.0
 
 
@@ -70,7 +75,7 @@ def _run(settings: PredictorSettings, console: Console) -> None:
             shadow = _load(settings, store)
             del store  # and with it the mapping of all experts
             console.print(report_table(shadow.report))
-            predictor = Predictor(hello, shadow, server=server, nodes=nodes)
+            predictor = Predictor(hello, shadow, server=server, nodes=nodes, run_ahead=settings.run_ahead)
             settle_heap()
             log.info("node agents can connect to %s", nodes.endpoint)
             predictor.run()
@@ -113,6 +118,7 @@ def _load(settings: PredictorSettings, store: ExpertStore) -> Shadow:
     shadow = Shadow.load(
         store,
         quantize=QUANTIZERS[settings.precision],
+        scope=settings.scope,
         device=settings.device,
         max_sequences=settings.max_sequences,
         on_progress=on_progress,

@@ -23,7 +23,7 @@ def report_table(report: QuantizationReport) -> Table:
 def report_line(report: QuantizationReport) -> str:
     """The same in a line."""
     skipped = "; ".join(
-        f"{entry.what} {entry.treatment} ({entry.reason})" for entry in report.entries if entry.treatment != "int8"
+        f"{entry.what} {entry.treatment} ({entry.reason})" for entry in report.entries if not entry.is_quantised
     )
     return (
         f"the shadow holds {report.held_bytes / _MB:.1f} MB for {report.stored_bytes / _MB:.1f} MB in the store; its "

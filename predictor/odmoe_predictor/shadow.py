@@ -1,15 +1,15 @@
 """The emulative predictor (OD-MoE section 3.2): a quantised copy of the model whose own routings are the forecast.
 
-Holds one cache for each sequence and is kept in line by what the full model sends. Knows no sockets, no nodes and
-no threads; one thread uses it. Skips the output head: who does not run ahead needs no logits.
+Holds one cache for each sequence and is kept in line by what the full model sends. It may go on with its own next
+tokens meanwhile; what it did on a wrong one is undone. Knows no sockets, no nodes and no threads; one thread uses it.
 
-Shape suffixes: T token rows, K experts a token.
+Shape suffixes: T token rows, K experts a token, H hidden size.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,28 @@ from odmoe_model.kvcache import (
     trim_cache,
     truncate_cache,
 )
-from odmoe_model.quantize import Int8Weight, QuantizationReport, Quantizer, Treated, quantize_linears
+from odmoe_model.quantize import (
+    Int8Weight,
+    QuantizationReport,
+    QuantizedLinear,
+    Quantizer,
+    Treated,
+    kept_tensor,
+    quantize_linears,
+    treated_weight,
+)
 from odmoe_model.skeleton import load_skeleton
 from odmoe_model.store import ExpertStore
+from odmoe_predictor.config import Scope
 from odmoe_predictor.experts import Progress, QuantizedExperts
 from odmoe_wire.messages import CacheLayer
 
 # Called with a layer's ordinal and the experts forecast for it, ascending, as soon as its router has spoken.
 OnRouting = Callable[[int, list[int]], None]
+
+
+# What an alignment asks for: a forecast; nothing, since it was forecast before; nothing, since no token is known.
+Aligned = Literal["forecast", "known", "nothing"]
 
 
 class SequenceError(ValueError):
@@ -46,11 +60,24 @@ class _Abandoned(Exception):
 @dataclass
 class _Sequence:
     """`inputs` are tokens whose positions the cache does not hold yet; `newest` how many of them the last
-    alignment asked a forecast for."""
+    alignment asked a forecast for. `fed` are the tokens of positions it does hold, from the last aligned one on.
+    `hidden_H` is what the head makes the token of position `hidden_for` of."""
 
     cache: DynamicCache
     inputs: dict[int, int] = field(default_factory=dict)
     newest: int = 0
+    fed: dict[int, int] = field(default_factory=dict)
+    hidden_H: Tensor | None = None
+    hidden_for: int = 0
+
+    @property
+    def length(self) -> int:
+        return int(self.cache.get_seq_length())
+
+    def forget_cut(self) -> None:
+        """Let go of the next token when what it was computed from was cut off."""
+        if self.length < self.hidden_for:
+            self.hidden_H = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,7 @@ class Shadow:
         body: nn.Module,
         experts: QuantizedExperts,
         *,
+        head: nn.Module,
         config: PreTrainedConfig,
         report: QuantizationReport,
         max_sequences: int,
@@ -77,6 +105,7 @@ class Shadow:
         self.report = report
         self._body = body
         self._experts = experts
+        self._head = head
         self._config: Any = config
         self._max_sequences = max_sequences
         self._sequences: OrderedDict[int, _Sequence] = OrderedDict()
@@ -90,17 +119,21 @@ class Shadow:
         store: ExpertStore,
         *,
         quantize: Quantizer = Int8Weight,
+        scope: Scope = "model",
         device: str = "cpu",
         max_sequences: int = 16,
         on_progress: Progress | None = None,
     ) -> "Shadow":
-        """Quantise the store's model. Afterwards the store may be closed: nothing of its experts is kept."""
+        """Quantise the store's model, or of it the routed experts only. Afterwards the store may be closed: nothing
+        of its experts is kept."""
         model = load_skeleton(store, device=device)
         body = model.base_model
         experts = QuantizedExperts(store, body, quantize=quantize, device=torch.device(device), on_progress=on_progress)
-        treated = [*experts.treated, *quantize_linears(body, quantize), *_dropped_head(model, body)]
+        of_the_rest = quantize if scope == "model" else None
+        head, treated_head = _quantized_head(model, body, of_the_rest)
+        treated = [*experts.treated, *quantize_linears(body, of_the_rest), *treated_head]
         report = QuantizationReport(tuple(treated))
-        return cls(body, experts, config=model.config, report=report, max_sequences=max_sequences)
+        return cls(body, experts, head=head, config=model.config, report=report, max_sequences=max_sequences)
 
     def start(self, sequence: int) -> None:
         """Begin a sequence, or begin it anew."""
@@ -118,9 +151,10 @@ class Shadow:
         tokens: Sequence[int],
         layers: Sequence[CacheLayer] = (),
         tensors: Sequence[Tensor] = (),
-    ) -> None:
+    ) -> Aligned:
         """Take over the full model's cache, if it came (`kvcache.import_cache`), and remember `tokens`, the inputs
-        from `position` on, for `forecast`. Without a cache the shadow's own positions before `position` stand.
+        from `position` on, for `forecast`; without any the shadow's own next token. Without a cache the shadow's own
+        positions before `position` stand. Those from there on stand when they were fed with the same tokens.
 
         Raises SequenceError when the sequence is unknown or a token no token, CacheError when the cache does not
         fit; the sequence is then as it was."""
@@ -129,16 +163,36 @@ class Shadow:
             raise SequenceError(f"sequence {sequence}: a token is not in the vocabulary")
         if layers and layers[0].length > position:
             raise SequenceError(f"sequence {sequence}: a cache of {layers[0].length} positions for {position}")
+        self._sequences.move_to_end(sequence)
+        known = _is_fed(state, position, tokens)
+        ahead = state.length - position if known else 0
         if layers:
             here = [tensor.to(device=self._place.device, dtype=self._place.dtype) for tensor in tensors]
-            import_cache(state.cache, layers, here)
+            keep = ahead if layers[0].length == position else 0
+            import_cache(state.cache, layers, here, keep=keep)
+            known = known and state.length == position + ahead
             trim_cache(state.cache)
-        elif position < state.cache.get_seq_length():
+        elif not known and position < state.length:
             truncate_cache(state.cache, length=position)
-        kept = {at: token for at, token in state.inputs.items() if at < position}
-        state.inputs = kept | {position + i: token for i, token in enumerate(tokens)}
-        state.newest = len(tokens)
-        self._sequences.move_to_end(sequence)
+        state.fed = {at: token for at, token in state.fed.items() if position <= at < state.length}
+        state.forget_cut()
+        state.inputs = {at: token for at, token in state.inputs.items() if at < position}
+        state.newest = 0
+        if known:
+            return "known"
+        inputs = list(tokens) or self._own_next(state, position)
+        state.inputs |= {position + i: token for i, token in enumerate(inputs)}
+        state.newest = len(inputs)
+        return "forecast" if inputs else "nothing"
+
+    def go_on(self, sequence: int) -> Aligned:
+        """Remember the shadow's own next token for `forecast`, ahead of every alignment. Raises SequenceError."""
+        state = self._known(sequence)
+        position = state.length
+        inputs = self._own_next(state, position)
+        state.inputs = {position + i: token for i, token in enumerate(inputs)}
+        state.newest = len(inputs)
+        return "forecast" if inputs else "nothing"
 
     @torch.inference_mode()
     def forecast(self, sequence: int, *, on_routing: OnRouting, is_stale: Callable[[], bool] = lambda: False) -> bool:
@@ -147,7 +201,7 @@ class Shadow:
         `is_stale` is asked at each MoE layer; once it says yes the forward is given up, the cache put back, and
         False returned. Raises SequenceError when inputs are missing between the cache's end and the newest."""
         state = self._known(sequence)
-        first = state.cache.get_seq_length()
+        first = state.length
         inputs = [state.inputs.get(at) for at in range(first, max(state.inputs, default=first - 1) + 1)]
         if not inputs or not state.newest:
             return True
@@ -158,7 +212,7 @@ class Shadow:
         done = False
         try:
             ids = torch.tensor([inputs], device=self._place.device)
-            self._body(input_ids=ids, past_key_values=state.cache, use_cache=True)
+            output = self._body(input_ids=ids, past_key_values=state.cache, use_cache=True)
             done = True
         except _Abandoned:
             return False
@@ -166,6 +220,8 @@ class Shadow:
             self._pass = None
             if not done:
                 restore_cache(state.cache, saved)
+        state.fed |= state.inputs
+        state.hidden_H, state.hidden_for = output.last_hidden_state[0, -1], state.length
         state.inputs.clear()
         trim_cache(state.cache)
         return True
@@ -173,9 +229,11 @@ class Shadow:
     def rollback(self, sequence: int, *, position: int) -> None:
         """Forget everything of the sequence from `position` on. Raises SequenceError or CacheError."""
         state = self._known(sequence)
-        if position < state.cache.get_seq_length():
+        if position < state.length:
             truncate_cache(state.cache, length=position)
         state.inputs = {at: token for at, token in state.inputs.items() if at < position}
+        state.fed = {at: token for at, token in state.fed.items() if at < position}
+        state.forget_cut()
 
     def end(self, sequence: int) -> None:
         """The sequence is over; one that is not known is over already."""
@@ -187,7 +245,12 @@ class Shadow:
 
     def length(self, sequence: int) -> int:
         """Positions the shadow's cache of the sequence holds. Raises SequenceError."""
-        return int(self._known(sequence).cache.get_seq_length())
+        return self._known(sequence).length
+
+    def token_at(self, sequence: int, position: int) -> int | None:
+        """The input the shadow took, or is to take, at a position from the last aligned one on."""
+        state = self._known(sequence)
+        return state.inputs.get(position, state.fed.get(position))
 
     @property
     def num_sequences(self) -> int:
@@ -197,6 +260,13 @@ class Shadow:
     def caches_bytes(self) -> int:
         """Bytes of all caches."""
         return sum(cache_bytes(state.cache) for state in self._sequences.values())
+
+    @torch.inference_mode()
+    def _own_next(self, state: _Sequence, position: int) -> list[int]:
+        """The shadow's own greedy token for the position after its cache; none when it did not compute that."""
+        if state.hidden_H is None or not state.hidden_for == position == state.length:
+            return []
+        return [int(self._head(state.hidden_H).argmax())]
 
     def _known(self, sequence: int) -> _Sequence:
         state = self._sequences.get(sequence)
@@ -215,19 +285,24 @@ class Shadow:
         return self._experts(call)
 
 
-def _dropped_head(model: Any, body: nn.Module) -> list[Treated]:
-    """The output head's entry: `load` lets go of it."""
-    held = {id(parameter) for parameter in body.parameters()}
-    own = [tensor for tensor in model.get_output_embeddings().parameters() if id(tensor) not in held]
-    if not own:
-        return []
-    return [
-        Treated(
-            what="output head",
-            treatment="dropped",
-            reason="a forecast needs no logits",
-            weights=sum(tensor.numel() for tensor in own),
-            stored_bytes=sum(tensor.nbytes for tensor in own),
-            held_bytes=0,
-        )
-    ]
+def _is_fed(state: _Sequence, position: int, tokens: Sequence[int]) -> bool:
+    """Whether the cache holds the position and the tokens that are the inputs from there on."""
+    if position + max(1, len(tokens)) > state.length:
+        return False
+    return all(state.fed.get(position + i) == token for i, token in enumerate(tokens))
+
+
+def _quantized_head(model: Any, body: nn.Module, quantize: Quantizer | None) -> tuple[nn.Module, list[Treated]]:
+    """The output head and its entry; one that shares its weight with the body stays and is in the body's."""
+    head: nn.Linear = model.get_output_embeddings()
+    if any(head.weight is parameter for parameter in body.parameters()):
+        return head, []
+    if quantize is None:
+        kept = [kept_tensor(tensor, what="output head", reason="not in the scope") for tensor in head.parameters()]
+        return head, kept
+    weight = quantize(head.weight.detach())
+    bias = None if head.bias is None else head.bias.detach()
+    treated = [treated_weight(head.weight, weight, what="output head")]
+    if bias is not None:
+        treated.append(kept_tensor(bias, what="norms, biases, tables", reason="vectors"))
+    return QuantizedLinear(weight, bias), treated

@@ -119,6 +119,53 @@ def _what_to_prepare(source: str | None, destination: Path | None, built_in: str
     return built_in, None if source is None else Path(source)
 
 
+@app.command("make-checkpoint")
+def make_checkpoint(
+    destination: Annotated[Path, typer.Argument(help="Where the checkpoint goes; must not exist.")],
+    family: Annotated[str, typer.Option(help="Family of models, by transformers' name for it.")] = "mixtral",
+    layers: Annotated[int, typer.Option(min=1, help="Layers, each with experts.")] = 4,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts a token uses in a layer.")] = 2,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 512,
+    intermediate: Annotated[int, typer.Option(min=1, help="Inner width of an expert.")] = 1024,
+    vocab: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")] = 4096,
+    context: Annotated[int, typer.Option(min=1, help="Most tokens of prompt and answer.")] = 4096,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; else of size 64.")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of keys and values; else a fourth of the heads.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=JSON", help="A setting of the family's config.json; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+) -> None:
+    """Write a checkpoint with random weights, for benchmarks, and print where it is."""
+    from odmoe_server import benchmark_model
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _one_line_errors():
+        shape = benchmark_model.shape_of(
+            dtype=dtype,
+            more=more or [],
+            numbers={
+                "layers": layers,
+                "experts": experts,
+                "top_k": top_k,
+                "hidden": hidden,
+                "intermediate": intermediate,
+                "vocab": vocab,
+                "context": context,
+                "heads": heads,
+                "kv_heads": kv_heads,
+            },
+            family=family,
+        )
+        benchmark_model.write(shape, destination, seed=seed, console=Console(stderr=True))
+    print(destination)
+
+
 @app.command()
 def chat(
     question: Annotated[str | None, typer.Argument(help="Ask this and end; else a conversation.")] = None,
@@ -159,6 +206,18 @@ def keys(
         names = ["server", "predictor", *(f"node-{i}" for i in range(nodes))]
         for path in make(directory, names):
             print(path)
+
+
+@app.command(context_settings=_OWN_OPTIONS, add_help_option=False)
+def plan(context: typer.Context) -> None:
+    """Predict speed, memory and what bounds them, for any model and machines ([bold]odmoe plan --help[/])."""
+    from odmoe_server.planner import command
+    from odmoe_server.planner.question import PlanSettings
+    from odmoe_wire import settings
+
+    chosen = settings.parse(PlanSettings, context.args, prog="odmoe plan")
+    with _one_line_errors():
+        raise typer.Exit(command.run(chosen, console=Console()))
 
 
 @contextmanager

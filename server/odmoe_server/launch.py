@@ -29,7 +29,7 @@ from odmoe_model.manifest import read_manifest
 from odmoe_server import listening, logs, models
 from odmoe_server.children import Supervisor, spawn_with
 from odmoe_server.config import ServeSettings
-from odmoe_server.plan import Plan, children
+from odmoe_server.launch_plan import Plan, children
 
 log = logging.getLogger(__name__)
 

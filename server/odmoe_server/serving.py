@@ -21,7 +21,8 @@ from odmoe_model.store import ExpertStore
 from odmoe_server import listening, logs, models
 from odmoe_server.app import create_app
 from odmoe_server.catalog import Catalog
-from odmoe_server.config import ServerSettings, ServingSettings
+from odmoe_server.config import AlignPeriod, ServerSettings, ServingSettings
+from odmoe_server.engine.align import Periods
 from odmoe_server.engine.build import EngineOptions, build_engine
 from odmoe_server.engine_api import Engine, Sampling
 from odmoe_server.text import TextCodec
@@ -131,8 +132,15 @@ def engine_options(settings: ServerSettings) -> EngineOptions:
         heartbeat_s=settings.heartbeat_s,
         lost_after_s=settings.lost_after_s,
         call_timeout_s=settings.call_timeout_s,
+        periods=Periods(token=_period(settings.align_token), kv=_period(settings.align_kv)),
         keys=None if keys_dir is None else CurveKeys.load(keys_dir, name=OWN_KEY),
+        timeline=settings.timeline,
+        trace=settings.trace,
     )
+
+
+def _period(text: AlignPeriod) -> int | None:
+    return None if text == "off" else int(text)
 
 
 def uvicorn_config(app: FastAPI, settings: ServingSettings) -> uvicorn.Config:

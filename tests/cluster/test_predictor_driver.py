@@ -167,6 +167,136 @@ def test_forecast_under_way_is_given_up_for_a_newer_one(
     assert newest == full.routings
 
 
+# ---------------------------------------------------------------------------------------- running ahead
+
+
+def ahead_rig(shadow: Shadow, *, run_ahead: int) -> PredictorRig:
+    rig = PredictorRig(shadow, node_ids=NODES, run_ahead=run_ahead)
+    rig.join()
+    return rig
+
+
+@pytest.mark.parametrize("run_ahead", [1, 2, 5])
+def test_running_ahead_ends_at_its_bound_and_goes_on_with_each_alignment(
+    shadow: Shadow, store: ExpertStore, run_ahead: int
+) -> None:
+    rig = ahead_rig(shadow, run_ahead=run_ahead)
+    full, token = started(rig, store)
+    rows = len(PROMPT)
+    for step in range(3):
+        rig.align(full, token, rows=rows)
+        rig.pump()
+        positions = {schedule.span.position for schedule in rig.schedules("server")}
+        furthest = full.length + run_ahead
+        assert positions == (set(range(full.length, furthest + 1)) if step == 0 else {furthest})
+        assert shadow.length(1) == furthest + 1
+        token, rows = full.step([token]), 1
+    counters = rig.predictor.worker.counters
+    assert (counters.forecast, counters.known, counters.undone) == (1, 2, 0)
+    assert counters.ahead == run_ahead + 2
+
+
+def test_running_ahead_on_a_wrong_token_is_forecast_again(shadow: Shadow, store: ExpertStore) -> None:
+    rig = ahead_rig(shadow, run_ahead=1)
+    full, token = started(rig, store)
+    rig.align(full, token, rows=len(PROMPT))
+    rig.pump()
+    rig.schedules("server")
+    sampled = (full.step([token]) + 1) % full.vocab_size
+    position = full.length
+    rig.align(full, sampled, rows=1)
+    rig.pump()
+    full.step([sampled])
+    again = [schedule for schedule in rig.schedules("server") if schedule.span.position == position]
+    assert {schedule.layer: schedule.experts for schedule in again} == full.routings
+    counters = rig.predictor.worker.counters
+    assert (counters.known, counters.undone) == (0, 1)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_alignment_amid_running_ahead_ends_it_only_when_the_token_is_wrong(
+    shadow: Shadow, store: ExpertStore, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    rig = ahead_rig(shadow, run_ahead=1)
+    full, token = started(rig, store)
+    position = len(PROMPT)
+    routed: list[tuple[int, int]] = []
+    forecast = shadow.forecast
+
+    def interrupted(sequence: int, *, on_routing: OnRouting, is_stale: Callable[[], bool]) -> bool:
+        at = shadow.length(sequence)
+
+        def note(layer: int, experts: list[int]) -> None:
+            on_routing(layer, experts)
+            routed.append((at - position, layer))
+            if routed.count((1, 0)) == 1 and routed[-1] == (1, 0):
+                sampled = full.step([token])
+                rig.align(full, sampled if right else (sampled + 1) % full.vocab_size, rows=1)
+                rig.predictor.switchboard.pump(rig.network.clock())
+
+        return forecast(sequence, on_routing=note, is_stale=is_stale)
+
+    monkeypatch.setattr(shadow, "forecast", interrupted)
+    rig.align(full, token, rows=position)
+    rig.pump()
+    layers = range(store.manifest.num_moe_layers)
+    ahead = [(1, layer) for layer in layers]
+    expected = (
+        [(0, layer) for layer in layers] + (ahead if right else [(1, 0), *ahead]) + [(2, layer) for layer in layers]
+    )
+    assert routed == expected
+    counters = rig.predictor.worker.counters
+    assert (counters.known, counters.abandoned) == ((1, 0) if right else (0, 1))
+
+
+def test_alignments_without_tokens_that_piled_up_are_gone_through_one_by_one(
+    rig: PredictorRig, store: ExpertStore
+) -> None:
+    """The shadow's own token at a position comes out of its forecast of the one before."""
+    full, token = started(rig, store)
+    rig.align(full, token, rows=len(PROMPT))
+    for _ in range(3):
+        token = full.step([token])
+        rig.say(Align(sequence=1, position=full.length, tokens=[], cache=[]))
+    position = full.length
+    rig.pump()
+    full.step([token])
+    newest = [schedule for schedule in rig.schedules("server") if schedule.span == Span(1, position, 1)]
+    assert {schedule.layer: schedule.experts for schedule in newest} == full.routings
+    counters = rig.predictor.worker.counters
+    assert (counters.forecast, counters.skipped, counters.abandoned) == (4, 0, 0)
+
+
+def test_forecast_that_the_next_own_token_needs_is_not_given_up(
+    rig: PredictorRig, store: ExpertStore, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when the full model is two steps further meanwhile and sends its own token again."""
+    full, token = started(rig, store)
+    tokens = [token]
+    rig.align(full, token, rows=len(PROMPT))
+    rig.say(Align(sequence=1, position=full.length + 1, tokens=[], cache=[]))
+    forecast = shadow.forecast
+
+    def overtaken(sequence: int, *, on_routing: OnRouting, is_stale: Callable[[], bool]) -> bool:
+        def note(layer: int, experts: list[int]) -> None:
+            on_routing(layer, experts)
+            if len(tokens) == 1:
+                tokens.append(full.step([tokens[-1]]))
+                tokens.append(full.step([tokens[-1]]))
+                rig.say(Align(sequence=1, position=full.length, tokens=tokens[-1:], cache=[]))
+                rig.predictor.switchboard.pump(rig.network.clock())
+
+        return forecast(sequence, on_routing=note, is_stale=is_stale)
+
+    monkeypatch.setattr(shadow, "forecast", overtaken)
+    rig.pump()
+    position = full.length
+    full.step(tokens[-1:])
+    newest = [schedule for schedule in rig.schedules("server") if schedule.span == Span(1, position, 1)]
+    assert {schedule.layer: schedule.experts for schedule in newest} == full.routings
+    assert rig.predictor.worker.counters.failed == 0
+
+
 def newest_token(rig: PredictorRig) -> int:
     """The token of the newest alignment the server sent."""
     aligns = [sent.message for sent in rig.network.story if isinstance(sent.message, Align)]

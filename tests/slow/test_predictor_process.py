@@ -67,6 +67,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def predictor(store: Path, server: RouterLink, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     options = ["--store", str(store), "--server-endpoint", server.endpoint, "--endpoint", f"ipc://{tmp_path}/nodes"]
+    # Not ahead: the test would take a forecast made on a wrong guess for the one it waits for.
+    options += ["--run-ahead", "0"]
     process = subprocess.Popen(
         [*COMMAND, *options, "--verify"], stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path
     )

@@ -27,7 +27,7 @@ from odmoe_wire.checks import Limits
 from odmoe_wire.link import DealerLink, Link, RouterLink
 from odmoe_wire.messages import Hello, ToNode
 
-WAIT_S = 60.0
+WAIT_S = 240.0
 Wrap = Callable[[Link], Link]
 
 

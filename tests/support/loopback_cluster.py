@@ -77,7 +77,7 @@ class LoopbackCluster:
         self.roles[peer_id] = Paused(agent.pump)
         return agent
 
-    def add_predictor(self, *, wrap: Callable[[Link], Link] = lambda link: link) -> Predictor:
+    def add_predictor(self, *, wrap: Callable[[Link], Link] = lambda link: link, run_ahead: int = 0) -> Predictor:
         """An int8 shadow that computes where it is pumped; `wrap` may put a fault in front of its links."""
         limits = limits_of(self.store)
         self._predictor_link = self.network.router("predictor", accept=FromNode, limits=limits)
@@ -86,8 +86,10 @@ class LoopbackCluster:
             Shadow.load(self.store),
             server=wrap(self.network.dealer("predictor", "server", accept=FromServer, limits=limits)),
             nodes=wrap(self._predictor_link),
+            run_ahead=run_ahead,
             clock=self.network.clock,
         )
+        self.predictor = predictor
         self.roles["predictor"] = Paused(predictor.pump)
         return predictor
 

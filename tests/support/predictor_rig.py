@@ -31,7 +31,7 @@ LIMITS = Limits()
 class PredictorRig:
     """`server` and `nodes` are the scripted ends; `took` collects what each of them received."""
 
-    def __init__(self, shadow: Shadow, *, node_ids: Sequence[str] = ()) -> None:
+    def __init__(self, shadow: Shadow, *, node_ids: Sequence[str] = (), run_ahead: int = 0) -> None:
         self.network = LoopbackNetwork()
         self.epoch = 5
         self.server = self._new_server()
@@ -40,6 +40,7 @@ class PredictorRig:
             shadow,
             server=self.network.dealer("predictor", "server", accept=FromServer, limits=LIMITS),
             nodes=self.network.router("predictor", accept=FromNode, limits=LIMITS),
+            run_ahead=run_ahead,
             clock=self.network.clock,
         )
         self.nodes = {

@@ -1,5 +1,6 @@
 """The `odmoe` command: what it prints, its exit statuses, and that users see lines instead of traces."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("command", ["serve", "server", "prepare", "chat", "keys"])
+@pytest.mark.parametrize("command", ["serve", "server", "prepare", "make-checkpoint", "chat", "keys"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = RUNNER.invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0
@@ -44,6 +45,11 @@ def test_version() -> None:
         (["prepare"], 2, "odmoe prepare SRC DST"),
         (["prepare", "a", "b", "--builtin", "default"], 2, "--builtin"),
         (["prepare", "no-such"], 1, "there is no model 'no-such'"),
+        (["make-checkpoint", "dst", "--family", "llama"], 1, "there is no family 'llama'"),
+        (["make-checkpoint", "dst", "--dtype", "int8"], 1, "fp32 or bf16, not 'int8'"),
+        (["make-checkpoint", "dst", "--set", "head_dim"], 1, "NAME=JSON, not 'head_dim'"),
+        (["make-checkpoint", "dst", "--set", "hidden_act=silu"], 1, "'silu' is no JSON"),
+        (["make-checkpoint", "."], 1, ". exists already"),
         (["chat", "Hi", "--url", "http://127.0.0.1:9"], 1, "odmoe serve"),
     ],
 )
@@ -85,6 +91,31 @@ def test_an_interrupted_preparation_has_the_status_of_one(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(models, "make_store", make)
     assert RUNNER.invoke(cli.app, ["prepare", "src"]).exit_code == 130
+
+
+def test_a_random_checkpoint_of_the_shape_that_was_asked_for(tmp_path: Path) -> None:
+    sizes = "--layers 1 --experts 3 --top-k 1 --hidden 32 --intermediate 16 --vocab 300 --context 64 --heads 2"
+    argv = ["make-checkpoint", "dst", "--family", "qwen3_moe", "--dtype", "bf16", "--set", "norm_topk_prob=false"]
+    result = RUNNER.invoke(cli.app, [*argv, *sizes.split(), "--kv-heads", "1", "--seed", "3"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "dst\n"
+    assert "in experts" in result.stderr
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    wanted = {
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "num_hidden_layers": 1,
+        "num_experts_per_tok": 1,
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "vocab_size": 300,
+        "max_position_embeddings": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "norm_topk_prob": False,
+    }
+    assert {name: config[name] for name in wanted} == wanted
+    assert 3 in (config.get("num_experts"), config.get("num_local_experts"))
 
 
 def test_keys_are_made_once(tmp_path: Path) -> None:

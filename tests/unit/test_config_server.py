@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from odmoe_server.config import ServerSettings, ServeSettings
+from odmoe_server.engine.align import Periods
+from odmoe_server.serving import engine_options
 from odmoe_wire.settings import SettingsError, load
 
 Either = type[ServerSettings] | type[ServeSettings]
@@ -48,11 +50,33 @@ def test_names_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--default-temperature", "3"],
         ["--metrics-prefix", "a b"],
         ["--log-level", "loud"],
+        ["--align-token", "3"],
+        ["--align-kv", "0"],
     ],
 )
 def test_bad_values_name_the_flag(kind: Either, argv: list[str]) -> None:
     with pytest.raises(SettingsError, match=argv[0]):
         load(kind, argv, prog="x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "periods"),
+    [
+        ([], Periods(token=1, kv=1)),
+        (["--align-token", "4", "--align-kv", "16"], Periods(token=4, kv=16)),
+        (["--align-token", "off", "--align-kv", "off"], Periods(token=None, kv=None)),
+    ],
+)
+def test_alignment_periods_reach_the_engine(argv: list[str], periods: Periods) -> None:
+    assert engine_options(load(ServerSettings, argv, prog="x")).periods == periods
+
+
+@BOTH
+def test_alignment_periods_in_a_file_may_be_numbers(kind: Either, tmp_path: Path) -> None:
+    file = tmp_path / "odmoe.toml"
+    file.write_text('align_token = 8\nalign_kv = "off"\n')
+    settings = load(kind, ["--config", str(file)], prog="x")
+    assert (settings.align_token, settings.align_kv) == ("8", "off")
 
 
 @BOTH

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from odmoe_server import launch, listening
 from odmoe_server.config import ServerSettings, ServeSettings
-from odmoe_server.plan import Plan, children, environment
+from odmoe_server.launch_plan import Plan, children, environment
 from odmoe_wire.settings import load
 
 
@@ -70,6 +70,25 @@ def test_room_of_a_node(tmp_path: Path, listener: socket.socket, chosen: dict[st
     node = list(children(plan(tmp_path, listener, **chosen))[1].command)
     assert option(node, flag) == value
     assert ("--slots" in node) != ("--memory-mb" in node)
+
+
+def test_alignment_goes_to_the_server_and_running_ahead_to_the_predictor(
+    tmp_path: Path, listener: socket.socket
+) -> None:
+    specs = children(plan(tmp_path, listener, align_token="2", align_kv="off", run_ahead=3))
+    server = load(ServerSettings, list(specs[0].command[4:]), prog="x")
+    assert (server.align_token, server.align_kv) == ("2", "off")
+    assert option(list(specs[-1].command), "--run-ahead") == "3"
+
+
+def test_device_of_the_nodes(tmp_path: Path, listener: socket.socket) -> None:
+    specs = children(plan(tmp_path, listener, node_device="emulated", link_gbps=2.5, predictor=False))
+    for node in specs[1:]:
+        assert option(list(node.command), "--device") == "emulated"
+        assert option(list(node.command), "--link-gbps") == "2.5"
+    node = list(children(plan(tmp_path, listener))[1].command)
+    assert option(node, "--device") == "auto"
+    assert "--link-gbps" not in node
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,39 @@ def test_the_next_expert_loads_while_this_one_computes_when_there_are_two_slots(
     assert node.load_keys == [(0, 7)]
 
 
+def test_what_a_later_token_wants_yields_its_slot_to_what_this_token_needs() -> None:
+    """A shadow that runs ahead wants experts of the next token while this token's layers are still to come."""
+    node = NodeRig(num_slots=1)
+    node.forecast(0, [1], position=5)
+    node.forecast(1, [2], position=5)
+    node.forecast(0, [1], position=6)
+    node.end_load()
+    node.compute(0, [1], position=5)
+    node.end_compute()
+    assert node.load_keys == [(1, 2)], "expert 1 is wanted again, but later"
+    node.end_load()
+    node.compute(1, [2], position=5)
+    node.end_compute()
+    assert node.load_keys == [(0, 1)]
+    node.end_load()
+    node.forecast(1, [3], position=6)
+    assert node.load_keys == [], "what is needed later waits"
+
+
+def test_forecasts_ahead_are_replaced_when_the_guess_was_wrong_and_gone_after_the_end() -> None:
+    node = NodeRig(num_slots=4)
+    node.forecast(0, [1], position=6)
+    node.forecast(1, [2], position=6)
+    node.end_load()
+    node.forecast(0, [5], position=6)
+    node.finish()
+    assert node.held == {(0, 5), (1, 2)}
+    node.cancel(1)
+    assert node.held == set()
+    node.forecast(0, [3], position=7)
+    assert node.state.num_wants == 0
+
+
 def test_an_expert_in_a_slot_is_never_loaded_again() -> None:
     node = NodeRig(num_slots=3)
     node.forecast(0, [1])

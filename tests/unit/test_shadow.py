@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from odmoe_model.kvcache import CacheError
+from odmoe_model.kvcache import CacheError, export_cache
 from odmoe_model.quantize import Int8Weight, Quantizer
 from odmoe_model.store import ExpertStore
-from odmoe_predictor.shadow import SequenceError, Shadow
+from odmoe_predictor.shadow import Aligned, SequenceError, Shadow
 from support.predictor_plain import FullModel, PlainWeight, Routings, recall
 from support.stores import tiny_store
 from support.tiny import FAMILIES
@@ -182,6 +182,106 @@ def test_failure_inside_the_model_puts_the_cache_back(shadow: Shadow) -> None:
         shadow.forecast(SEQUENCE, on_routing=fail)
     assert shadow.length(SEQUENCE) == 0
     assert len(forecast(shadow)) == 3
+
+
+def align(shadow: Shadow, full: FullModel, token: int, *, rows: int = 1) -> Aligned:
+    """Token and KV, as the server sends them."""
+    layers, tensors = full.export(rows)
+    return shadow.align(SEQUENCE, position=full.length, tokens=[token], layers=layers, tensors=tensors)
+
+
+def go_on(shadow: Shadow) -> tuple[int, Routings]:
+    """The shadow's own next token and what it forecasts for it."""
+    assert shadow.go_on(SEQUENCE) == "forecast"
+    guess = shadow.token_at(SEQUENCE, shadow.length(SEQUENCE))
+    assert guess is not None
+    return guess, forecast(shadow)
+
+
+def test_forecast_ahead_on_the_right_token_is_kept(family_store: ExpertStore) -> None:
+    """Each position is forecast before its token is known."""
+    full, shadow = FullModel(family_store), Shadow.load(family_store, quantize=PlainWeight)
+    shadow.start(SEQUENCE)
+    token = full.step(PROMPT)
+    assert align(shadow, full, token, rows=len(PROMPT)) == "forecast"
+    routings = forecast(shadow)
+    for _ in range(6):
+        guess, ahead = go_on(shadow)
+        token = full.step([token])
+        assert (token, full.routings) == (guess, routings), "the shadow is a second full model"
+        assert align(shadow, full, token) == "known"
+        assert shadow.length(SEQUENCE) == full.length + 1
+        assert forecast(shadow) == {}
+        routings = ahead
+
+
+def test_rows_of_the_full_model_go_underneath_what_was_forecast_ahead(family_store: ExpertStore) -> None:
+    full, shadow = FullModel(family_store), Shadow.load(family_store)
+    shadow.start(SEQUENCE)
+    token = full.step(PROMPT)
+    align(shadow, full, token, rows=len(PROMPT))
+    forecast(shadow)
+    guess, _ = go_on(shadow)
+    go_on(shadow)
+    full.step([token])
+    assert align(shadow, full, guess) == "known"
+    assert shadow.length(SEQUENCE) == full.length + 2
+    shadow.rollback(SEQUENCE, position=full.length)
+    _, own = export_cache(shadow._sequences[SEQUENCE].cache, rows=full.length)
+    _, theirs = full.export(full.length)
+    # Of int8 not a bit would be the same.
+    assert all(torch.equal(mine[..., -1:, :], other[..., -1:, :]) for mine, other in zip(own, theirs, strict=True))
+
+
+def test_forecast_ahead_on_a_wrong_token_is_undone(family_store: ExpertStore) -> None:
+    full, shadow = FullModel(family_store), Shadow.load(family_store, quantize=PlainWeight)
+    shadow.start(SEQUENCE)
+    token = full.step(PROMPT)
+    align(shadow, full, token, rows=len(PROMPT))
+    for _ in range(4):
+        forecast(shadow)
+        guess, _ = go_on(shadow)
+        go_on(shadow)
+        full.step([token])
+        token = (guess + 1) % full.vocab_size  # as if it had been sampled
+        assert align(shadow, full, token) == "forecast"
+        assert shadow.length(SEQUENCE) == full.length
+        routings = forecast(shadow)
+        full.step([token])
+        assert routings == full.routings
+        token = (token + 7) % full.vocab_size
+        assert align(shadow, full, token) == "forecast"
+
+
+def test_without_tokens_the_shadow_goes_on_with_its_own(store: ExpertStore, shadow: Shadow) -> None:
+    full = FullModel(store)
+    token = full.step(PROMPT)
+    align(shadow, full, token, rows=len(PROMPT))
+    routings = forecast(shadow)
+    for with_cache in (False, True, False):
+        token = full.step([token])
+        assert routings == full.routings
+        layers, tensors = full.export(2) if with_cache else ([], [])
+        asked = shadow.align(SEQUENCE, position=full.length, tokens=[], layers=layers, tensors=tensors)
+        assert asked == "forecast"
+        assert shadow.token_at(SEQUENCE, full.length) == token
+        routings = forecast(shadow)
+
+
+def test_own_token_is_not_taken_from_another_lineage(store: ExpertStore, shadow: Shadow) -> None:
+    """What the shadow would say after a token that was undone is nothing to go on with."""
+    full = FullModel(store)
+    token = full.step(PROMPT)
+    align(shadow, full, token, rows=len(PROMPT))
+    forecast(shadow)
+    guess, _ = go_on(shadow)
+    token = full.step([token])
+    assert align(shadow, full, (guess + 1) % 128) == "forecast"
+    full.step([(guess + 1) % 128])
+    layers, tensors = full.export(1)
+    asked = shadow.align(SEQUENCE, position=full.length, tokens=[], layers=layers, tensors=tensors)
+    assert asked == "nothing"
+    assert forecast(shadow) == {}
 
 
 def test_sequences_do_not_mix(store: ExpertStore) -> None:

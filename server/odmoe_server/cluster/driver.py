@@ -33,6 +33,7 @@ from odmoe_server.cluster.events import (
 )
 from odmoe_server.cluster.snapshot import snapshot_of
 from odmoe_server.cluster.state import ClusterState
+from odmoe_server.cluster.timeline import Timeline
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
 from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result
@@ -47,7 +48,8 @@ GRACE_S = 5.0
 
 
 class ClusterDriver:
-    """One per server. `pump_while_waiting` is for tests in which all roles share one thread."""
+    """One per server. `timeline` hears of every message; `pump_while_waiting` is for tests in which all roles share
+    one thread."""
 
     def __init__(
         self,
@@ -55,10 +57,12 @@ class ClusterDriver:
         *,
         link: Link,
         clock: Callable[[], float] = time.monotonic,
+        timeline: Timeline | None = None,
         pump_while_waiting: Callable[[], None] | None = None,
     ) -> None:
         self.state = state
         self.link = link
+        self.timeline = timeline
         self.driver_errors_total = 0
         self.snapshot = snapshot_of(state, protocol_errors=0)
         self._clock = clock
@@ -169,6 +173,8 @@ class ClusterDriver:
 
     def _received(self, peer_id: str, received: Received, now: float) -> None:
         message = received.message
+        if self.timeline is not None and peer_id in self.state.peers.admitted:
+            self.timeline.heard(peer_id, message)
         rows_NH: torch.Tensor | None = None
         if isinstance(message, Result):
             rows_NH = from_blob(received.blobs[0])
@@ -216,6 +222,8 @@ class ClusterDriver:
 
     def _send(self, peer_id: str, message: AnyMessage, *, epoch: int, blobs: Sequence[Blob] = ()) -> None:
         """A peer that cannot be reached is an event of its own, handled before anything else is."""
+        if self.timeline is not None:
+            self.timeline.told(peer_id, message)
         try:
             self.link.send(peer_id, message, epoch=epoch, blobs=blobs)
         except PeerGone:

@@ -1,7 +1,9 @@
 """Puts the engine together: store, model, cluster, decode loop. The only place in the server that knows all four."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import zmq
@@ -13,9 +15,12 @@ from odmoe_model.store import ExpertStore
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.state import ClusterState
+from odmoe_server.engine.align import Periods
 from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
+from odmoe_server.engine.recordings import Recordings
 from odmoe_server.engine.step import Stepper
 from odmoe_server.moe.remote import RemoteExperts, Tally
+from odmoe_server.moe.trace import Routed
 from odmoe_wire.checks import Limits
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.lifeline import settle_heap
@@ -36,7 +41,10 @@ class EngineOptions:
     heartbeat_s: float = 0.25
     lost_after_s: float = 3.0
     call_timeout_s: float = 60.0
+    periods: Periods = field(default_factory=Periods)
     keys: CurveKeys | None = None
+    timeline: Path | None = None
+    trace: Path | None = None
 
 
 def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
@@ -76,15 +84,21 @@ def engine_limits(store: ExpertStore, options: EngineOptions) -> EngineLimits:
     )
 
 
-def load_model(store: ExpertStore, options: EngineOptions, *, cluster: ClusterDriver) -> Loaded:
+def load_model(
+    store: ExpertStore,
+    options: EngineOptions,
+    *,
+    cluster: ClusterDriver,
+    trace: Callable[[Routed], None] | None = None,
+) -> Loaded:
     """Load all weights but the experts' and put the cluster into the experts' place."""
     torch.set_num_threads(options.threads)
     model = load_skeleton(store, device=options.device)
-    experts, total = RemoteExperts(cluster=cluster), Tally()
+    experts, total = RemoteExperts(cluster=cluster, trace=trace), Tally()
     install(model, experts)
     settle_heap()
     return Loaded(
-        stepper=Stepper(model, experts=experts, cluster=cluster, total=total),
+        stepper=Stepper(model, experts=experts, cluster=cluster, total=total, periods=options.periods),
         new_cache=lambda: DynamicCache(config=model.config),
         total=total,
     )
@@ -94,22 +108,27 @@ class ServingEngine(DecodeLoop):
     """A decode loop with its cluster, started and stopped as one."""
 
     def __init__(self, store: ExpertStore, options: EngineOptions, *, link: Link) -> None:
-        cluster = ClusterDriver(ClusterState(config=cluster_config(store, options)), link=link)
+        self._recordings = Recordings.open(store.manifest, timeline_file=options.timeline, trace_file=options.trace)
+        cluster = ClusterDriver(
+            ClusterState(config=cluster_config(store, options)), link=link, timeline=self._recordings.timeline
+        )
         super().__init__(
             cluster=cluster,
             limits=engine_limits(store, options),
-            load=lambda: load_model(store, options, cluster=cluster),
+            load=lambda: load_model(store, options, cluster=cluster, trace=self._recordings.trace),
         )
 
     def start(self) -> None:
         """Begin to listen for nodes and to load the weights."""
+        self._recordings.start()
         self._cluster.start()
         super().start()
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
-        """End the decode loop first, then say goodbye to the peers."""
+        """End the decode loop first, then say goodbye to the peers, then finish what was written on the side."""
         super().stop(timeout_s=timeout_s)
         self._cluster.stop()
+        self._recordings.close()
 
 
 def build_engine(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import DynamicCache
 
+from odmoe_server.engine.align import Shadowed
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine_api import (
     EngineError,
@@ -49,9 +50,7 @@ class Sequence:
     position: int = 0  # of fresh_ids[0]; so many tokens are in the cache
     completion_tokens: int = 0
     decode_tally: Tally = field(default_factory=Tally)
-    # Incarnation of the predictor whose shadow holds this sequence, and up to which position.
-    shadowed_by: int | None = None
-    shadowed_to: int = 0
+    shadowed: Shadowed = field(default_factory=Shadowed)
 
     @property
     def cancelled(self) -> bool:

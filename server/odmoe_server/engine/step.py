@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from odmoe_model.kvcache import export_cache
 from odmoe_model.tensors import to_blob
 from odmoe_server.cluster.driver import ClusterDriver
+from odmoe_server.engine.align import Periods
 from odmoe_server.engine.sequence import Sequence
 from odmoe_server.moe.remote import RemoteExperts, Tally
 from odmoe_wire.messages import Align, Span, Start
@@ -22,7 +23,16 @@ from odmoe_wire.messages import Align, Span, Start
 class Stepper:
     """Runs steps; one per server, used by one thread."""
 
-    def __init__(self, model: PreTrainedModel, *, experts: RemoteExperts, cluster: ClusterDriver, total: Tally) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        experts: RemoteExperts,
+        cluster: ClusterDriver,
+        total: Tally,
+        periods: Periods,
+    ) -> None:
+        self._periods = periods
         self._model = model
         self._experts = experts
         self._cluster = cluster
@@ -54,20 +64,22 @@ class Stepper:
         return logits_V
 
     def _align(self, sequence: Sequence) -> None:
-        """Token and KV alignment (OD-MoE section 3.2): the shadow departs with the token just sampled and with our KV
-        of all it has not got from us yet. A prompt is not forecast: nearly every expert is active."""
-        predictor = self._cluster.snapshot.predictor_incarnation
-        if predictor is None or sequence.position == 0:
+        """Send the predictor what `align` decides is due for the step."""
+        due = sequence.shadowed.align(
+            predictor=self._cluster.snapshot.predictor_incarnation,
+            position=sequence.position,
+            num_fresh=len(sequence.fresh_ids),
+            periods=self._periods,
+        )
+        if due is None:
             return
-        if sequence.shadowed_by != predictor:
-            sequence.shadowed_by, sequence.shadowed_to = predictor, 0
+        if due.start:
             self._cluster.post(Start(sequence=sequence.sequence_id))
-        layers, tensors = export_cache(sequence.cache, rows=sequence.position - sequence.shadowed_to)
+        layers, tensors = export_cache(sequence.cache, rows=due.rows) if due.rows else ([], [])
         align = Align(
             sequence=sequence.sequence_id,
             position=sequence.position,
-            tokens=list(sequence.fresh_ids),
+            tokens=list(sequence.fresh_ids) if due.token else [],
             cache=layers,
         )
         self._cluster.post(align, blobs=[to_blob(tensor) for tensor in tensors])
-        sequence.shadowed_to = sequence.position

@@ -6,6 +6,7 @@ are called, so nothing here can change an answer.
 T token rows of the step, K experts a token, N rows of one expert, H hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from odmoe_server.cluster.calls import PendingCall
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.events import LayerCall
 from odmoe_server.engine_api import ExpertStats
+from odmoe_server.moe.trace import Routed
 from odmoe_wire.messages import Span
 
 
@@ -53,9 +55,11 @@ class Tally:
 
 @dataclass(kw_only=True)
 class RemoteExperts:
-    """Handler of the experts seam. The decode loop sets `spans` and `tallies` before each forward."""
+    """Handler of the experts seam. The decode loop sets `spans` and `tallies` before each forward; a prompt has no
+    tallies, and is not traced."""
 
     cluster: ClusterDriver
+    trace: Callable[[Routed], None] | None = None
     spans: tuple[Span, ...] = ()
     tallies: tuple[Tally, ...] = field(default_factory=tuple)
 
@@ -69,7 +73,19 @@ class RemoteExperts:
             layer=call.layer,
             counts={expert: x_NH.shape[0] for expert, x_NH in rows.items()},
         )
+        timeline = self.cluster.timeline
+        began_s = 0.0 if timeline is None else timeline.clock()
         pending = self.cluster.await_call(self.cluster.submit(layer_call, rows))
+        if timeline is not None:
+            timeline.called(
+                began_s,
+                call=layer_call,
+                predicted=pending.predicted,
+                timings=pending.timings,
+                is_prompt=not self.tallies,
+            )
+        if self.trace is not None and self.tallies:
+            self.trace(Routed(self.spans, call.layer, call.index_TK, call.weight_TK, pending.predicted))
         for tally in self.tallies:
             tally.add(pending)
         return combine(call.x_TH, call.weight_TK, groups, pending.outputs)

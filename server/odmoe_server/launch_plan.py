@@ -88,6 +88,9 @@ def _node(plan: Plan, index: int) -> ChildSpec:
     command += ["--server-endpoint", plan.endpoint("cluster"), "--threads", str(plan.node_threads), *room]
     if settings.predictor:
         command += ["--predictor-endpoint", plan.endpoint("predictor")]
+    command += ["--device", settings.node_device]
+    if settings.link_gbps is not None:
+        command += ["--link-gbps", str(settings.link_gbps)]
     # All of them read the same files; one look at the digests is enough.
     command += [] if index == 0 else ["--no-verify"]
     return ChildSpec(name=name, command=[*command, *_common(plan)], environment=environment(plan.node_threads))
@@ -97,6 +100,8 @@ def _predictor(plan: Plan) -> ChildSpec:
     command = [sys.executable, "-m", "odmoe_predictor", "--store", str(plan.store)]
     command += ["--server-endpoint", plan.endpoint("cluster"), "--endpoint", plan.endpoint("predictor")]
     command += ["--peer-id", "predictor", "--threads", str(plan.threads), *_common(plan)]
+    command += ["--precision", plan.settings.shadow_precision, "--scope", plan.settings.shadow_scope]
+    command += ["--run-ahead", str(plan.settings.run_ahead)]
     return ChildSpec(name="predictor", command=command, environment=environment(plan.threads))
 
 

@@ -1,0 +1,123 @@
+"""What the model predicts for one question: speed, first token, memory, and what bounds the speed."""
+
+from dataclasses import dataclass, replace
+
+from odmoe_server.planner import memory, prefill
+from odmoe_server.planner.forecasts import Forecast
+from odmoe_server.planner.machines import Machines, Times, times
+from odmoe_server.planner.memory import Memory
+from odmoe_server.planner.shape import Shape
+from odmoe_server.planner.simulate import Decoded, decode
+from odmoe_wire import placement
+from odmoe_wire.messages import Member
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """All that an answer depends on."""
+
+    shape: Shape
+    machines: Machines
+    forecast: Forecast
+    prompt_tokens: int
+    output_tokens: int
+    prefill_overlap: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """`if_free` says how many tokens/s there would be if one thing cost nothing; the first of them bounds the speed.
+    `hidden_load_s` is the longest load that forecasts known in time hide behind the other groups' work."""
+
+    times: Times
+    num_groups: int
+    decoded: Decoded
+    first_token_s: float
+    hidden_load_s: float | None
+    memory: Memory
+    if_free: tuple[tuple[str, float], ...]
+
+    @property
+    def bound(self) -> str:
+        return self.if_free[0][0]
+
+
+def answer(question: Question) -> Answer:
+    """Predict everything for one question."""
+    steps = times(question.shape, question.machines)
+    return Answer(
+        times=steps,
+        num_groups=groups_of(question.machines),
+        decoded=_decode(question, steps, question.forecast),
+        first_token_s=prefill.prefill_s(
+            question.shape,
+            question.machines,
+            prompt_tokens=question.prompt_tokens,
+            overlap=question.prefill_overlap,
+        ),
+        hidden_load_s=hidden_load_s(question.shape, question.machines, steps),
+        memory=memory.of(
+            question.shape,
+            question.machines,
+            context_tokens=question.prompt_tokens + question.output_tokens,
+            shadow=question.forecast.source == "shadow",
+        ),
+        if_free=_if_free(question, steps),
+    )
+
+
+def speed(question: Question) -> float:
+    """Only the tokens/s of an answer."""
+    return _decode(question, times(question.shape, question.machines), question.forecast).tokens_per_s
+
+
+def groups_of(machines: Machines) -> int:
+    """How many groups the nodes form."""
+    members = [Member(node_id=str(index), slots=node.slots) for index, node in enumerate(machines.nodes)]
+    return len(placement.groups(members, machines.group_size))
+
+
+def hidden_load_s(shape: Shape, machines: Machines, steps: Times) -> float | None:
+    """The longest load that is hidden when forecasts are right and in time; None where a node has several experts
+    of a layer to load.
+
+    With one slot a group can load from the end of its layer to its next layer's rows: N_g t_M + (N_g - 1) t_W, with
+    t_M and t_W counting their messages in. With more slots it can load all the time."""
+    num_groups = groups_of(machines)
+    if len(machines.nodes) // num_groups < shape.top_k:
+        return None
+    there_s = steps.main_s + shape.top_k * steps.row_s + steps.latency_s
+    back_s = steps.latency_s + steps.row_s
+    round_s = num_groups * (there_s + steps.expert_s + back_s)
+    return round_s if min(node.slots for node in machines.nodes) > 1 else round_s - steps.expert_s
+
+
+def _if_free(question: Question, steps: Times) -> tuple[tuple[str, float], ...]:
+    """Tokens/s with each thing for nothing, the most helpful first."""
+    forecast = question.forecast
+    never_waits = replace(forecast, align_token=0, align_kv=0, run_ahead=0)
+    perfect = replace(forecast, source="shadow", recall=(1.0,))
+    cases = [
+        ("loads", steps.without("loads"), forecast),
+        ("network", steps.without("network"), forecast),
+        ("compute of server and nodes", steps.without("compute"), forecast),
+        ("wrong forecasts" if forecast.source == "shadow" else "having no shadow", steps, perfect),
+    ]
+    if forecast.source == "shadow":
+        cases.append(("waiting for the shadow", steps.without("shadow"), never_waits))
+    speeds = [(name, _decode(question, changed, guess).tokens_per_s) for name, changed, guess in cases]
+    return tuple(sorted(speeds, key=lambda case: -case[1]))
+
+
+def _decode(question: Question, steps: Times, forecast: Forecast) -> Decoded:
+    return decode(
+        question.machines,
+        steps,
+        forecast,
+        layers=question.shape.layers,
+        num_experts=question.shape.num_experts,
+        top_k=question.shape.top_k,
+        tokens=question.output_tokens,
+        seed=question.seed,
+    )
