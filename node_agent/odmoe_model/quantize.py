@@ -68,7 +68,7 @@ class Treated:
 
     @property
     def is_quantised(self) -> bool:
-        return self.treatment not in ("kept", "dropped")
+        return self.treatment != "kept"
 
 
 @dataclass(frozen=True)

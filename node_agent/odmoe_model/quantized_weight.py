@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 # Treatment of a weight: named after the precision, or left as it is, or not needed and given back.
-Treatment = Literal["fp16", "bf16", "int8", "nf4", "int4", "kept", "dropped"]
+Treatment = Literal["fp16", "bf16", "int8", "nf4", "int4", "kept"]
 
 
 class QuantizedWeight(Protocol):
