@@ -34,7 +34,6 @@ from odmoe_node.events import (
 )
 from odmoe_node.lanes import Inbox, InlineLane, Job, Lane, ThreadLane
 from odmoe_node.memory import resident_bytes
-from odmoe_node.session import Session
 from odmoe_node.state import NodeState
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
@@ -56,6 +55,7 @@ from odmoe_wire.messages import (
     View,
     Welcome,
 )
+from odmoe_wire.session import Session
 from odmoe_wire.waiting import Wake, wait
 
 log = logging.getLogger(__name__)

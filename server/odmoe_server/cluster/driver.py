@@ -90,7 +90,7 @@ class ClusterDriver:
             while not pending.done.is_set():
                 self._pump_while_waiting()
         elif not pending.done.wait(timeout_s):
-            self._later(lambda now: self._do(CallAbandoned(call_id=pending.call.call_id), now))
+            self._later(lambda now: self._abandon(pending.call.call_id, now))
             raise CallError("the cluster's thread does not answer")
         if pending.failure is not None:
             raise CallError(pending.failure)
@@ -166,10 +166,14 @@ class ClusterDriver:
         self._wake.set()
 
     def _begin(self, pending: PendingCall, now: float) -> None:
-        call = pending.call
-        pending.predicted = self.state.dispatch.predicted(call.spans, call.layer)
-        self._pending[call.call_id] = pending
-        self._do(CallRequested(call=call), now)
+        call_id = pending.call.call_id
+        self._pending[call_id] = pending
+        self._do(CallRequested(call=pending.call), now)
+        pending.predicted = self.state.dispatch.calls[call_id].predicted
+
+    def _abandon(self, call_id: int, now: float) -> None:
+        self._pending.pop(call_id, None)
+        self._do(CallAbandoned(call_id=call_id), now)
 
     def _received(self, peer_id: str, received: Received, now: float) -> None:
         message = received.message

@@ -1,7 +1,7 @@
 """When a node says hello and when it gives a life sign, and when it takes the other side for lost."""
 
-from odmoe_node.session import Session, Standing
 from odmoe_wire.messages import Bye, Heartbeat, Refused, Welcome
+from odmoe_wire.session import Session, Standing
 
 WELCOME = Welcome(heartbeat_s=1.0, lost_after_s=3.0)
 

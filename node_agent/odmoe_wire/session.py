@@ -1,4 +1,4 @@
-"""One relationship of the node: with its server or its predictor. Pure: `now` comes in, what is due goes out.
+"""One relationship with a side that welcomes us, as nodes and predictor have. Pure: `now` comes in, what is due goes out.
 
 Hello is said until the other welcomes us, a life sign each heartbeat from then on, and hello again when the
 other is lost, leaves, or says that it does not know us. Knows no link and no slots.
@@ -46,7 +46,7 @@ class Session:
             case Refused():
                 self.standing, self._liveness = Standing.REFUSED, None
             case Bye():
-                self._rejoin(now)
+                self.rejoin(now)
             case _:
                 pass
 
@@ -66,7 +66,7 @@ class Session:
         """True once when the other side has been silent too long; then we are joining again."""
         if self._liveness is None or not self._liveness.lost(now):
             return False
-        self._rejoin(now)
+        self.rejoin(now)
         return True
 
     def wait_s(self, now: float) -> float:
@@ -77,7 +77,8 @@ class Session:
             return MAX_WAIT_S
         return max(0.0, self._next_hello_s - now)
 
-    def _rejoin(self, now: float) -> None:
+    def rejoin(self, now: float) -> None:
+        """Say hello again, at once."""
         self.standing = Standing.JOINING
         self._liveness = None
         self._next_hello_s = now
