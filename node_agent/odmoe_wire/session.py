@@ -1,4 +1,4 @@
-"""One relationship with a side that welcomes us, as nodes and predictor have. Pure: `now` comes in, what is due goes out.
+"""One relationship with a side that welcomes us, as nodes and predictor have. Pure: `now` comes in as an argument.
 
 Hello is said until the other welcomes us, a life sign each heartbeat from then on, and hello again when the
 other is lost, leaves, or says that it does not know us. Knows no link and no slots.
