@@ -180,6 +180,15 @@ def _cache_layer(layer: m.CacheLayer, blobs: Sequence[BlobSpec], limits: Limits)
                 raise ProtocolError(f"kv blob {list(shape)} is not [1, heads, {layer.rows}, dim]")
 
 
+def _routed(message: m.Routed, blobs: Sequence[BlobSpec], limits: Limits) -> None:
+    _span(message.span, limits)
+    _layer(message.layer, limits)
+    _experts(message.experts, limits)
+    if blobs:
+        rows = _rows(blobs, limits)
+        require(rows == message.span.length, f"{rows} rows for a span of {message.span.length}")
+
+
 def _hello(message: m.Hello, limits: Limits) -> None:
     _peer_id(message.peer_id)
     _count(message.incarnation, "incarnation")
@@ -187,6 +196,7 @@ def _hello(message: m.Hello, limits: Limits) -> None:
     require(_DIGEST.fullmatch(message.store_digest) is not None, "store_digest is not a digest")
     _count(message.slots, "slots")
     _count(message.budget_bytes, "budget_bytes")
+    _count(message.load_us, "load_us")
 
 
 def _slot_report(message: m.SlotReport, limits: Limits) -> None:
@@ -204,6 +214,7 @@ def _view(message: m.View, limits: Limits) -> None:
     for member in members:
         _peer_id(member.node_id)
         require(1 <= member.slots < NUMBER_BOUND, f"a member with {member.slots} slots")
+        _count(member.load_us, "load_us")
     require(len({member.node_id for member in members}) == len(members), "a member named twice")
     require(1 <= message.group_size <= limits.max_members, f"group_size {message.group_size}")
 
@@ -270,6 +281,7 @@ _WITH_BLOBS: dict[type, Callable[[Any, Sequence[BlobSpec], Limits], None]] = {
     m.Compute: _compute,
     m.Result: _result,
     m.Align: _align,
+    m.Routed: _routed,
 }
 _WITHOUT_BLOBS: dict[type, Callable[[Any, Limits], None]] = {
     m.Bye: _reason,

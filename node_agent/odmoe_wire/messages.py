@@ -10,9 +10,13 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Role = Literal["node", "predictor"]
+# What nodes do with an expert once it was computed: free its slot at once, or keep it until room is needed.
+SlotMode = Literal["on-demand", "lru"]
+# What a predictor is told of each step: keys and values, or the gates' choices, or those and the rows they saw.
+Wants = Literal["cache", "routings", "inputs"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -28,10 +32,11 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A node agent that takes part in placement."""
+    """A node agent that takes part in placement. One load takes it `load_us` microseconds; 0 when not known."""
 
     node_id: str
     slots: int
+    load_us: int = 0
 
 
 # ---------------------------------------------------------------------------------- node, predictor -> server
@@ -39,7 +44,8 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
 
 class Hello(Message, frozen=True):
     """First message of a peer, repeated until answered by `Welcome` or `Refused`. `incarnation` is drawn anew at
-    each start of the process, so that a restart behind the same id is seen."""
+    each start of the process, so that a restart behind the same id is seen. `load_us` is what one load took a node when
+    it tried; `wants` is a predictor's."""
 
     role: Role
     peer_id: str
@@ -48,6 +54,8 @@ class Hello(Message, frozen=True):
     store_digest: str
     slots: int = 0
     budget_bytes: int = 0
+    load_us: int = 0
+    wants: Wants = "cache"
 
 
 class SlotReport(Message, frozen=True):
@@ -151,10 +159,11 @@ class Refused(Message, frozen=True):
 
 
 class View(Message, frozen=True):
-    """Who takes part, in placement order. The envelope's epoch is the view's."""
+    """Who takes part, in placement order, and what becomes of an expert's slot. The envelope's epoch is the view's."""
 
     members: list[Member]
     group_size: int
+    mode: SlotMode = "on-demand"
 
 
 class Compute(Message, frozen=True):
@@ -223,11 +232,13 @@ class Align(Message, frozen=True):
     cache: list[CacheLayer]
 
 
-class Rollback(Message, frozen=True):
-    """Forget everything of the sequence from `position` on."""
+class Routed(Message, frozen=True):
+    """The gates of a decode step have spoken at a layer: for predictors that want routings. Blob 0, if inputs are
+    wanted too: x_TH, the rows the gate saw, one a token of the span."""
 
-    sequence: int
-    position: int
+    span: Span
+    layer: int
+    experts: list[int]
 
 
 class End(Message, frozen=True):
@@ -248,9 +259,39 @@ class Schedule(Message, frozen=True):
     experts: list[int]
 
 
+class Rollback(Message, frozen=True):
+    """All forecasts of the sequence from `position` on are void: the shadow had gone on with a wrong token."""
+
+    sequence: int
+    position: int
+
+
 ToServer = (
-    Hello | SlotReport | Loaded | LoadFailed | Result | ComputeFailed | Bye | Heartbeat | ProtocolErrorNotice | Schedule
+    Hello
+    | SlotReport
+    | Loaded
+    | LoadFailed
+    | Result
+    | ComputeFailed
+    | Bye
+    | Heartbeat
+    | ProtocolErrorNotice
+    | Schedule
+    | Rollback
 )
-ToNode = Welcome | Refused | View | Compute | Load | Release | Cancel | Schedule | Heartbeat | Bye | ProtocolErrorNotice
-ToPredictor = Welcome | Refused | View | Start | Align | Rollback | End | Hello | Heartbeat | Bye | ProtocolErrorNotice
+ToNode = (
+    Welcome
+    | Refused
+    | View
+    | Compute
+    | Load
+    | Release
+    | Cancel
+    | Schedule
+    | Rollback
+    | Heartbeat
+    | Bye
+    | ProtocolErrorNotice
+)
+ToPredictor = Welcome | Refused | View | Start | Align | Routed | End | Hello | Heartbeat | Bye | ProtocolErrorNotice
 AnyMessage = ToServer | ToNode | ToPredictor
