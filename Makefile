@@ -30,7 +30,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "  PORT=8000       port of serve and chat"
 	@echo "  MODEL=          a prepared store, a checkpoint folder or a hub name, for serve (default: the built-in model)"
-	@echo "  ARGS=           further arguments for serve, chat, test and quick"
+	@echo "  ARGS=           further arguments for serve, chat, test and quick; for bench in place of --quick"
 	@echo "  STORE= KEYS=    prepared store and folder of keys, for up (default: the built-in model; made when missing)"
 	@echo "  IMAGE_ARGS=     further arguments of docker build, for image and up"
 	@echo "  PYTHON=         Python to make the environment with, for setup (default: the first of 3.11, 3.12, 3.13)"
@@ -50,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "setting up $(VENV) with $$python: a few minutes the first time"
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,bench,dev]'
 	touch $(READY)
 
 .PHONY: serve
@@ -68,6 +68,11 @@ test: $(READY) ## the whole test suite (ARGS=)
 .PHONY: quick
 quick: $(READY) ## the tests that start no real processes and no default model (ARGS=)
 	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+.PHONY: bench
+bench: $(READY) ## measure decoding and forecasts; records go to tests/bench/results (ARGS=--no-quick)
+	@$(BIN)/odmoe bench decode $(or $(ARGS),--quick)
+	$(BIN)/odmoe bench recall $(or $(ARGS),--quick)
 
 .PHONY: check
 check: $(READY) ## lint, format, types and import arrows; changes nothing

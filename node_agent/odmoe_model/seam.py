@@ -53,6 +53,8 @@ def install(model: Any, handler: Handler) -> int:
 def group_rows(index_TK: Tensor) -> Groups:
     """Which rows each expert has to do: experts ascending; rows as eager orders them, by place, then by token."""
     num_tokens = index_TK.shape[0]
+    if num_tokens == 1:
+        return _group_row(index_TK)
     expert_S, order_S = torch.sort(index_TK.t().reshape(-1), stable=True)
     place_S, token_S = order_S // num_tokens, order_S % num_tokens
     experts, counts = torch.unique_consecutive(expert_S, return_counts=True)
@@ -66,10 +68,23 @@ def combine(x_TH: Tensor, weight_TK: Tensor, groups: Groups, outputs: Mapping[in
     """The weighted sum [T, H] of the experts' unweighted outputs [N, H], in ascending order of experts as eager
     sums them; dtype and device are those of `x_TH`."""
     out_TH = torch.zeros_like(x_TH)
+    if x_TH.shape[0] == 1:
+        for expert, (_, place_N) in groups.items():
+            out_TH += (outputs[expert] * weight_TK.index_select(1, place_N)).to(out_TH.dtype)
+        return out_TH
     for expert, (token_N, place_N) in groups.items():
         weighted_NH = outputs[expert] * weight_TK[token_N, place_N, None]
         out_TH.index_add_(0, token_N, weighted_NH.to(out_TH.dtype))
     return out_TH
+
+
+def _group_row(index_TK: Tensor) -> Groups:
+    """`group_rows` of a single token, as in most steps, in half the time."""
+    experts: list[int] = index_TK[0].tolist()
+    order = sorted(range(len(experts)), key=experts.__getitem__)
+    place_S = torch.tensor(order, device=index_TK.device)
+    token_N = torch.zeros(1, dtype=torch.long, device=index_TK.device)
+    return {experts[place]: (token_N, place_N) for place, place_N in zip(order, torch.split(place_S, 1), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,9 @@ from torch import Tensor
 from odmoe_model.experts import ExpertMaths
 from odmoe_model.store import ExpertStore
 from odmoe_node.bank_emulated import GIGABYTE, EmulatedBank
+from odmoe_node.bank_sliced import open_sliced
 from odmoe_node.pages import page_forgetter
+from odmoe_node.stopping import Stop, check
 
 Device = Literal["auto", "cpu", "cuda", "emulated"]
 
@@ -25,14 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class SlotBank(Protocol):
-    """`load` is called from one thread and `rows` from one other; never both for one slot at a time."""
+    """`load` is called from one thread and `rows` from one other; never both for one slot at a time (but see
+    `ArrivingSlots`, which a bank may be besides). `slot_bytes` is what a slot accounts for, and what a load into it
+    brings."""
 
     record_bytes: int
+    slot_bytes: int
     arena_bytes: int
 
-    def load(self, slot: int, layer: int, expert: int) -> float:
-        """Bring an expert's record into the slot; returns the seconds it took. Raises OSError,
-        RuntimeError."""
+    def load(self, slot: int, layer: int, expert: int, *, stop: Stop | None = None) -> float:
+        """Bring an expert's record into the slot; returns the seconds it took. Raises OSError, RuntimeError, and
+        BrokenOffError soon after `stop` is set."""
         ...
 
     def rows(self, slot: int, x_NH: Tensor) -> Tensor:
@@ -48,8 +53,10 @@ class CpuBank:
     ms), so that the memory it is seen to use is the arena's and not, by and by, the whole store's.
     """
 
+    CHUNK_BYTES = 4 << 20
+
     def __init__(self, store: ExpertStore, *, num_slots: int, forget: Callable[[Tensor], None]) -> None:
-        self.record_bytes = store.manifest.record_bytes
+        self.record_bytes = self.slot_bytes = store.manifest.record_bytes
         self.arena_bytes = num_slots * self.record_bytes
         self._store = store
         self._forget = forget
@@ -59,12 +66,17 @@ class CpuBank:
         self._fields = [store.fields(slot_B) for slot_B in self._slots_B]
         self._maths = ExpertMaths(store.manifest)
 
-    def load(self, slot: int, layer: int, expert: int) -> float:
+    def load(self, slot: int, layer: int, expert: int, *, stop: Stop | None = None) -> float:
         """See `SlotBank.load`."""
         began_s = time.perf_counter()
         record_B = self._store.record(layer, expert)
-        self._slots_B[slot].copy_(record_B)
-        self._forget(record_B)
+        try:
+            for start in range(0, self.record_bytes, self.CHUNK_BYTES):
+                check(stop)
+                end = start + self.CHUNK_BYTES
+                self._slots_B[slot][start:end].copy_(record_B[start:end])
+        finally:
+            self._forget(record_B)
         return time.perf_counter() - began_s
 
     @torch.inference_mode()
@@ -84,7 +96,7 @@ class CudaBank:
     CHUNK_BYTES = 4 << 20
 
     def __init__(self, store: ExpertStore, *, num_slots: int, forget: Callable[[Tensor], None]) -> None:
-        self.record_bytes = store.manifest.record_bytes
+        self.record_bytes = self.slot_bytes = store.manifest.record_bytes
         self.arena_bytes = num_slots * self.record_bytes
         self._store = store
         self._forget = forget
@@ -99,21 +111,24 @@ class CudaBank:
         self._sent = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(self._device).synchronize()
 
-    def load(self, slot: int, layer: int, expert: int) -> float:
+    def load(self, slot: int, layer: int, expert: int, *, stop: Stop | None = None) -> float:
         """See `SlotBank.load`."""
         began_s = time.perf_counter()
         record_B = self._store.record(layer, expert)
         chunk_bytes = self._staging[0].numel()
-        with torch.cuda.stream(self._copies):
-            for i, start in enumerate(range(0, self.record_bytes, chunk_bytes)):
-                source = record_B[start : start + chunk_bytes]
-                staging, sent = self._staging[i % 2][: source.numel()], self._sent[i % 2]
-                sent.synchronize()  # the buffer's former content has gone out
-                staging.copy_(source)
-                self._slots_B[slot][start : start + chunk_bytes].copy_(staging, non_blocking=True)
-                sent.record(self._copies)
-        self._copies.synchronize()
-        self._forget(record_B)
+        try:
+            with torch.cuda.stream(self._copies):
+                for i, start in enumerate(range(0, self.record_bytes, chunk_bytes)):
+                    check(stop)  # the next load comes on this stream, behind what was sent of this one
+                    source = record_B[start : start + chunk_bytes]
+                    staging, sent = self._staging[i % 2][: source.numel()], self._sent[i % 2]
+                    sent.synchronize()  # the buffer's former content has gone out
+                    staging.copy_(source)
+                    self._slots_B[slot][start : start + chunk_bytes].copy_(staging, non_blocking=True)
+                    sent.record(self._copies)
+            self._copies.synchronize()
+        finally:
+            self._forget(record_B)
         return time.perf_counter() - began_s
 
     @torch.inference_mode()
@@ -122,30 +137,45 @@ class CudaBank:
         return self._maths.rows(self._fields[slot], x_NH.to(self._device)).cpu()
 
 
-def open_bank(store: ExpertStore, *, num_slots: int, device: Device, link_gbps: float | None = None) -> SlotBank:
+def open_bank(
+    store: ExpertStore,
+    *,
+    num_slots: int,
+    device: Device,
+    link_gbps: float | None = None,
+    budget_bytes: int | None = None,
+) -> SlotBank:
     """A bank of `num_slots` slots; `link_gbps`, in gigabytes a second, is the emulated device's link, and for it
-    alone. Raises ValueError when there is no such device or not so much memory."""
+    alone. With a `budget_bytes` below one expert the one slot holds slices of it (`bank_sliced`). Raises ValueError
+    when there is no such device or not so much memory, or when an expert cannot be sliced so small."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no CUDA device: use --device cpu")
-    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bytes_per_s = None if link_gbps is None else link_gbps * GIGABYTE
+    if device == "emulated":
+        log.info("slots are emulated: nothing is copied, a link of %g GB/s only takes its time", link_gbps)
     try:
-        if device == "emulated":
-            assert link_gbps is not None, "the settings see to it"
-            log.info("slots are emulated: nothing is copied, a link of %g GB/s only takes its time", link_gbps)
-            return EmulatedBank(store, num_slots=num_slots, bytes_per_s=link_gbps * GIGABYTE)
-        bank = CudaBank if on_cuda else CpuBank
-        return bank(store, num_slots=num_slots, forget=page_forgetter())
+        if budget_bytes is not None and budget_bytes < store.manifest.record_bytes:
+            return open_sliced(store, budget_bytes=budget_bytes, device=device, bytes_per_s=bytes_per_s)
+        bank = _open_whole(store, num_slots=num_slots, device=device, bytes_per_s=bytes_per_s)
     except (RuntimeError, MemoryError) as error:
-        need_mb = num_slots * store.manifest.record_bytes / 1e6
+        need_bytes = num_slots * store.manifest.record_bytes
+        need_mb = min(need_bytes, budget_bytes or need_bytes) / 1e6
         message = f"no room for {num_slots} slots, {need_mb:.0f} MB together: use fewer ({error})"
         raise ValueError(message) from error
+    log.info("slots: %d, %.1f MB together, device %s", num_slots, bank.arena_bytes / 1e6, device)
+    return bank
+
+
+def _open_whole(store: ExpertStore, *, num_slots: int, device: Device, bytes_per_s: float | None) -> SlotBank:
+    if device == "emulated":
+        assert bytes_per_s is not None, "the settings see to it"
+        return EmulatedBank(store, num_slots=num_slots, bytes_per_s=bytes_per_s)
+    return (CudaBank if device == "cuda" else CpuBank)(store, num_slots=num_slots, forget=page_forgetter())
 
 
 def slots_within(budget_bytes: int, *, record_bytes: int) -> int:
-    """How many slots a byte budget holds. Raises ValueError when not even one expert fits."""
-    if budget_bytes < record_bytes:
-        raise ValueError(
-            f"a budget of {budget_bytes} bytes holds no expert: one takes {record_bytes} bytes; "
-            f"give at least --memory-mb {-(-record_bytes // 1_000_000)}"
-        )
-    return budget_bytes // record_bytes
+    """How many slots a byte budget holds; below one expert it is one slot, for slices (`open_bank` says how small
+    they may be)."""
+    return max(1, budget_bytes // record_bytes)

@@ -33,7 +33,10 @@ class NodeSettings(RoleSettings):
         None, ge=1, description=f"number of experts held at a time ({DEFAULT_SLOTS} unless --memory-mb is given)"
     )
     memory_mb: int | None = Field(
-        None, ge=1, description="in place of --slots: budget for slots in megabytes of 1,000,000 bytes"
+        None,
+        ge=1,
+        description="in place of --slots: budget for slots in megabytes of 1,000,000 bytes; below one expert, experts "
+        "are loaded and computed in slices, and results equal those of whole experts within rounding",
     )
     threads: int = Field(1, ge=1, description="threads one computation may use")
     device: Device = Field(

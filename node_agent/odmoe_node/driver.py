@@ -6,25 +6,31 @@ keeps to itself: several can live in one process, and signals are its caller's b
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import assert_never
 
+import msgspec
 import torch
 from torch import Tensor
 
 from odmoe_model.tensors import from_blob, to_blob
+from odmoe_node.arrival import ArrivingSlots
 from odmoe_node.bank import SlotBank
 from odmoe_node.events import (
     Action,
     Answer,
+    BreakOff,
     ComputeBroke,
     ComputeDone,
     Event,
     Forget,
     LoadBroke,
     LoadDone,
+    LoadStopped,
+    Mention,
     ServerLost,
     StartCompute,
     StartLoad,
@@ -35,6 +41,7 @@ from odmoe_node.events import (
 from odmoe_node.lanes import Inbox, InlineLane, Job, Lane, ThreadLane
 from odmoe_node.memory import resident_bytes
 from odmoe_node.state import NodeState
+from odmoe_node.stopping import BrokenOffError
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
 from odmoe_wire.messages import (
@@ -50,6 +57,7 @@ from odmoe_wire.messages import (
     Refused,
     Release,
     Result,
+    Rollback,
     Schedule,
     SlotReport,
     View,
@@ -63,6 +71,7 @@ log = logging.getLogger(__name__)
 SERVER = "server"
 PREDICTOR = "predictor"
 MAX_BURST = 64  # messages taken from one link before the others and the heartbeats have their turn
+MAX_MENTIONS = 64  # loads the server is told of together, at most
 DRAIN_S = 5.0  # for computes in hand when the node is told to leave
 FAREWELL_S = 0.1  # for the last messages to get out of the process
 
@@ -105,12 +114,15 @@ class NodeAgent:
         torch_threads: int = 1,
         threads: bool = True,
     ) -> None:
-        self.state = NodeState(num_slots=hello.slots, slot_bytes=bank.record_bytes)
+        self._arriving = bank if isinstance(bank, ArrivingSlots) else None
+        on_arrival = self._arriving is not None
+        self.state = NodeState(num_slots=hello.slots, slot_bytes=bank.slot_bytes, on_arrival=on_arrival)
         self.loop_errors = 0
         self.undelivered = 0
         self._hello = hello
         self._bank = bank
         self._clock = clock
+        self._torch_threads = torch_threads
         self._wake = Wake()
         self._inbox = Inbox(self._wake)
         links = {SERVER: server} if predictor is None else {SERVER: server, PREDICTOR: predictor}
@@ -120,7 +132,10 @@ class NodeAgent:
         self._server = self._peers[SERVER]
         self._loads = self._lane("load", threads=threads, torch_threads=torch_threads)
         self._computes = self._lane("compute", threads=threads, torch_threads=torch_threads)
+        self._brief: Job | None = None  # a compute to be done on this thread
+        self._mentions: list[Mention] = []
         self._in_hand: dict[int, InHand] = {}
+        self._stops = [threading.Event() for _ in range(hello.slots)]  # of each slot's load
         self._stopping = False
 
     # ------------------------------------------------------------------------------- the loop
@@ -128,6 +143,7 @@ class NodeAgent:
     def run(self) -> None:
         """Until `stop`, then finish the computes in hand (at most `DRAIN_S`), say goodbye and close the
         links. Raises RefusedError when the server does not want us."""
+        torch.set_num_threads(self._torch_threads)  # of this thread, which computes too
         try:
             while not self._stopping:
                 self._turn()
@@ -151,11 +167,15 @@ class NodeAgent:
         for peer in self._peers.values():
             busy = self._take_messages(peer, now) or busy
         busy = self._take_ended(now) or busy
+        busy = self._compute_briefly() or busy
         deadline_s = self.state.next_deadline_s()
         if deadline_s is not None and deadline_s <= now:
             self._do(Tick(), now)
         for peer in self._peers.values():
             self._keep_up(peer, now)
+        self._inbox.let_loads_wait(not self.state.awaits_load)
+        if self._brief is not None:
+            self._wake.set()
         return busy
 
     def report(self) -> SlotReport:
@@ -171,7 +191,7 @@ class NodeAgent:
             loads_failed_total=counters.loads_failed,
             loads_cancelled_total=counters.loads_cancelled,
             loads_unused_total=counters.loads_unused,
-            load_bytes_total=counters.loads * self._bank.record_bytes,
+            load_bytes_total=counters.loads * self._bank.slot_bytes,
             load_s_total=counters.load_s,
             compute_s_total=counters.compute_s,
             protocol_errors_total=sum(peer.link.protocol_errors for peer in self._peers.values()),
@@ -228,6 +248,15 @@ class NodeAgent:
             self._do(event, now)
         return busy
 
+    def _compute_briefly(self) -> bool:
+        """Do one compute that is better done here than sent to another thread and back."""
+        if self._brief is None:
+            return False
+        job, self._brief = self._brief, None
+        ended = job.event()
+        self._do(ended, self._clock())
+        return True
+
     def _take_messages(self, peer: Peer, now: float) -> bool:
         for taken in range(MAX_BURST):
             item = peer.link.receive()
@@ -264,7 +293,7 @@ class NodeAgent:
 
     def _from_predictor(self, received: Received, now: float) -> None:
         match received.message:
-            case Schedule() as message:
+            case Schedule() | Rollback() as message:
                 if not self._stopping:
                     self._do(Told(message, received.epoch), now)
             case ProtocolErrorNotice(reason=reason):
@@ -288,15 +317,26 @@ class NodeAgent:
     # ------------------------------------------------------------------------- what goes out
 
     def _do(self, event: Event, now: float) -> None:
-        for action in self.state.handle(event, now):
+        if isinstance(event, ServerLost):
+            self._mentions.clear()
+        actions = self.state.handle(event, now)
+        for action in actions:
             self._act(action)
+        if len(self._mentions) >= MAX_MENTIONS or any(isinstance(action, Answer) for action in actions):
+            self._mention(now)
 
     def _act(self, action: Action) -> None:
         match action:
             case StartLoad():
                 self._loads.submit(self._load_job(action))
+            case BreakOff(slot=slot):
+                self._stops[slot].set()
             case StartCompute():
-                self._computes.submit(self._compute_job(action))
+                if self.state.is_brief(action):
+                    assert self._brief is None, "there is one slot"
+                    self._brief = self._compute_job(action)
+                else:
+                    self._computes.submit(self._compute_job(action))
             case Answer(message=message):
                 in_hand = self._in_hand.pop(message.request_id)
                 self._send(self._server, message, blobs=_result_blobs(message, in_hand))
@@ -304,12 +344,31 @@ class NodeAgent:
                 del self._in_hand[request_id]
             case Tell(message=message):
                 self._send(self._server, message)
+            case Mention():
+                self._mentions.append(action)
             case _:
                 assert_never(action)
 
+    def _mention(self, now: float) -> None:
+        """Tell the server of the loads that ended lately."""
+        mentions, self._mentions = self._mentions, []
+        for mention in mentions:
+            ago_s = max(0.0, now - mention.ended_s)
+            self._send(self._server, msgspec.structs.replace(mention.message, ago_s=ago_s))
+
     def _load_job(self, order: StartLoad) -> Job:
+        stop, (layer, expert) = self._stops[order.slot], order.key
+        stop.clear()  # the slot's former load has ended
+        if self._arriving is not None:
+            self._arriving.expect(order.slot)
+
         def run() -> Event:
-            return LoadDone(order.slot, self._bank.load(order.slot, order.key.layer, order.key.expert))
+            began_s = monotonic()
+            try:
+                load_s = self._bank.load(order.slot, layer, expert, stop=stop)
+                return LoadDone(order.slot, load_s, self._clock())
+            except BrokenOffError:
+                return LoadStopped(order.slot, monotonic() - began_s)
 
         return Job(run, lambda reason: LoadBroke(order.slot, reason))
 
@@ -317,9 +376,13 @@ class NodeAgent:
         in_hand, expert = self._in_hand[order.request_id], order.key.expert
 
         def run() -> Event:
-            began_s = monotonic()
-            in_hand.outputs[expert] = self._bank.rows(order.slot, in_hand.rows[expert])
-            return ComputeDone(order.slot, monotonic() - began_s)
+            began_s, waited_s, x_NH = monotonic(), 0.0, in_hand.rows[expert]
+            if order.on_arrival:
+                assert self._arriving is not None, "the state was told so"
+                in_hand.outputs[expert], waited_s = self._arriving.rows_on_arrival(order.slot, x_NH)
+            else:
+                in_hand.outputs[expert] = self._bank.rows(order.slot, x_NH)
+            return ComputeDone(order.slot, monotonic() - began_s - waited_s, waited_s)
 
         return Job(run, lambda reason: ComputeBroke(order.slot, reason))
 
@@ -337,6 +400,7 @@ class NodeAgent:
             peer.heartbeats += 1
             if peer is self._server:
                 self._send(peer, self.report())
+                self._mention(now)
         if due is not None:
             peer.session.said(now)
 

@@ -16,6 +16,7 @@ from odmoe_wire.messages import (
     LoadFailed,
     Release,
     Result,
+    Rollback,
     Schedule,
     View,
     Welcome,
@@ -31,7 +32,7 @@ class ExpertKey(NamedTuple):
 
 # ----------------------------------------------------------------------------------------------------- events
 
-Order = Welcome | View | Schedule | Load | Compute | Release | Cancel
+Order = Welcome | View | Schedule | Rollback | Load | Compute | Release | Cancel
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,11 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """The bytes are in the slot; they took `load_s` to get there."""
+    """The bytes are in the slot; they took `load_s` to get there. `ended_s` is when, on the agent's clock."""
 
     slot: int
     load_s: float
+    ended_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,20 @@ class LoadBroke:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadStopped:
+    """The load of the slot was broken off, `load_s` after it began."""
+
+    slot: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ComputeDone:
-    """The slot's expert was computed for the request."""
+    """The slot's expert was computed for the request. `waited_s`: how long that waited for bytes, beside."""
 
     slot: int
     compute_s: float
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +95,35 @@ class Tick:
     """Time has passed."""
 
 
-Event = Told | LoadDone | LoadBroke | ComputeDone | ComputeBroke | ServerLost | Tick
+Event = Told | LoadDone | LoadBroke | LoadStopped | ComputeDone | ComputeBroke | ServerLost | Tick
 
 # ---------------------------------------------------------------------------------------------------- actions
 
 
 @dataclass(frozen=True, slots=True)
 class StartLoad:
-    """Load the expert into the slot; answer with `LoadDone` or `LoadBroke`."""
+    """Load the expert into the slot; answer with `LoadDone`, `LoadBroke` or, if told so, `LoadStopped`."""
 
     slot: int
     key: ExpertKey
 
 
 @dataclass(frozen=True, slots=True)
+class BreakOff:
+    """Stop the load of the slot as soon as can be; if it has come to its end by then, that is as well."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class StartCompute:
-    """Compute the slot's expert on the request's rows; answer with `ComputeDone` or `ComputeBroke`."""
+    """Compute the slot's expert on the request's rows; answer with `ComputeDone` or `ComputeBroke`. `on_arrival`: its
+    load is under way, and that has an end of its own."""
 
     slot: int
     key: ExpertKey
     request_id: int
+    on_arrival: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +144,15 @@ class Forget:
 class Tell:
     """News for the server that end no request."""
 
-    message: Loaded | LoadFailed
+    message: LoadFailed
 
 
-Action = StartLoad | StartCompute | Answer | Forget | Tell
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """News for the server that nothing depends on: to be sent along with the next answer or life sign."""
+
+    message: Loaded
+    ended_s: float
+
+
+Action = StartLoad | BreakOff | StartCompute | Answer | Forget | Tell | Mention

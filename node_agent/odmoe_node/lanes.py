@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from odmoe_node.events import Event
+from odmoe_node.events import Event, LoadDone
 from odmoe_wire.waiting import Wake
 
 log = logging.getLogger(__name__)
@@ -35,15 +35,24 @@ class Job:
 
 
 class Inbox:
-    """Events of jobs that ended, from any thread; `wake` is set with each."""
+    """Events of jobs that ended, from any thread; `wake` is set with each. While `loads_can_wait`, the end of a load
+    stays here until something else wakes the loop: waking a thread costs more than all it has to do then."""
 
     def __init__(self, wake: Wake) -> None:
+        self.loads_can_wait = False
         self._wake = wake
         self._events: deque[Event] = deque()
 
     def put(self, event: Event) -> None:
         self._events.append(event)
-        self._wake.set()
+        if not (self.loads_can_wait and isinstance(event, LoadDone)):
+            self._wake.set()
+
+    def let_loads_wait(self, can_wait: bool) -> None:
+        """Before the loop sleeps. An event put in just before this is not missed."""
+        self.loads_can_wait = can_wait
+        if self._events and not can_wait:
+            self._wake.set()
 
     def take(self) -> Event | None:
         return self._events.popleft() if self._events else None

@@ -38,6 +38,10 @@ class Request:
     def key(self, expert: int) -> ExpertKey:
         return ExpertKey(self.message.layer, expert)
 
+    def rows(self, expert: int) -> int:
+        """How many token rows the expert is to compute."""
+        return self.message.counts[self.message.experts.index(expert)]
+
     def waiting(self) -> list[int]:
         """Experts whose computing has not begun."""
         return [expert for expert in self.pending if expert not in self.started_s]
@@ -100,11 +104,18 @@ class RequestBook:
         request.started_s[expert] = now
         self._leave(request, expert)
 
-    def finish(self, request: Request, expert: int, compute_s: float) -> bool:
-        """The computing of one of its experts is done; true when it was the last."""
+    def take_back(self, request: Request, expert: int) -> None:
+        """The computing of one of its experts, begun for the oldest request that waited, came to nothing: it waits
+        again."""
+        del request.started_s[expert]
+        self._waiting.setdefault(request.key(expert), []).insert(0, request)
+
+    def finish(self, request: Request, expert: int, compute_s: float, *, waited_s: float) -> bool:
+        """The computing of one of its experts is done, having waited so long since its start; true when it was the
+        last."""
         outcome = request.pending.pop(expert)
-        wait_s = request.started_s.pop(expert) - request.arrived_s
-        request.timings[expert] = ExpertTiming(expert, outcome, max(wait_s, 0.0), compute_s)
+        wait_s = max(request.started_s.pop(expert) - request.arrived_s, 0.0) + waited_s
+        request.timings[expert] = ExpertTiming(expert, outcome, wait_s, compute_s)
         return not request.pending
 
     def close(self, request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from odmoe_node.events import ExpertKey
 
@@ -13,35 +14,62 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Its load is in flight. `unwanted`: nobody wants it any more, but a load is never aborted midway, so
-    the slot is freed when it ends. `on_demand`: no forecast or certain order had asked for it when it
-    began."""
+    """Its load is in flight. `on_demand`: no forecast or certain order had asked for it when it began.
+    `unwanted`: nobody wants it any more. `stopping`: it was broken off, but may come to its end before it hears.
+    `used`: some compute was `Riding` on it, and has ended."""
 
     key: ExpertKey
     on_demand: bool
+    began_s: float
     unwanted: bool = False
+    stopping: bool = False
+    used: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Holds the expert; `used` once some compute has had it."""
+    """Holds an expert that is wanted. `used`: some compute has had it; `used_s` is when it last had, or when it was
+    loaded."""
 
     key: ExpertKey
-    used: bool = False
+    used: bool
+    used_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resting:
+    """Holds an expert nobody wants at present, until room is needed; see `Ready`."""
+
+    key: ExpertKey
+    used: bool
+    used_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Computing:
     """Its expert is being computed (or is in the worker's queue) for the request. `number` is the node's own,
-    never used twice."""
+    never used twice. `is_whole`: its load brought it."""
 
     key: ExpertKey
     request_id: int
     number: int
+    is_whole: bool = True
 
 
-Slot = Free | Loading | Ready | Computing
+@dataclass(frozen=True, slots=True)
+class Riding:
+    """Loading and being computed at once, as the bytes arrive; either may end first. See `Loading` and `Computing`."""
+
+    key: ExpertKey
+    on_demand: bool
+    began_s: float
+    request_id: int
+    number: int
+
+
+Slot = Free | Loading | Ready | Resting | Computing | Riding
 FREE = Free()
+S = TypeVar("S", Loading, Resting)
 
 
 class SlotTable:
@@ -71,10 +99,18 @@ class SlotTable:
 
     @property
     def num_loading(self) -> int:
+        """Loads in flight, those that a compute rides on too."""
         return self._loading
 
     def occupied(self) -> list[int]:
         return list(self._by_key.values())
+
+    def loading(self) -> dict[int, Loading]:
+        """Those that no compute rides on."""
+        return self._in_state(Loading) if self._loading else {}
+
+    def resting(self) -> dict[int, Resting]:
+        return self._in_state(Resting)
 
     def find(self, key: ExpertKey) -> Slot | None:
         slot = self._by_key.get(key)
@@ -86,7 +122,7 @@ class SlotTable:
     def put(self, slot: int, state: Slot) -> None:
         """Bring a slot into another state; a slot changes its key only by way of `Free`."""
         before = self._slots[slot]
-        self._loading += isinstance(state, Loading) - isinstance(before, Loading)
+        self._loading += isinstance(state, Loading | Riding) - isinstance(before, Loading | Riding)
         if isinstance(before, Free):
             assert not isinstance(state, Free), f"slot {slot} is free already"
             assert state.key not in self._by_key, f"{state.key} is in a slot already"
@@ -99,10 +135,13 @@ class SlotTable:
             assert before.key == state.key, f"slot {slot} changes from {before} to {state}"
         self._slots[slot] = state
 
+    def _in_state(self, kind: type[S]) -> dict[int, S]:
+        return {slot: state for slot in self._by_key.values() if isinstance(state := self._slots[slot], kind)}
+
     def check_integrity(self) -> None:
         """Assert that no key is in two slots and that the indices tell the truth."""
         held = {slot: state.key for slot, state in self if not isinstance(state, Free)}
         assert len(set(held.values())) == len(held), f"a key in two slots: {held}"
         assert {key: slot for slot, key in held.items()} == self._by_key
         assert sorted(self._free) == sorted(set(range(len(self))) - set(held))
-        assert self._loading == sum(isinstance(state, Loading) for _, state in self)
+        assert self._loading == sum(isinstance(state, Loading | Riding) for _, state in self)

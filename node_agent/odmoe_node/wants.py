@@ -139,6 +139,15 @@ class WantBook:
         self._prune_span_order(span.sequence)
         return orphans
 
+    def roll_back(self, sequence: int, position: int) -> list[ExpertKey]:
+        """All forecasts of the sequence that begin at `position` or later are void; those that come after this are
+        new. Returns the keys no plan wants any more."""
+        orphans: list[ExpertKey] = []
+        for plan in list(self._plans.get(sequence, {}).values()):
+            if plan.kind is Kind.FORECAST and plan.first >= position:
+                orphans += self._shrink(plan, plan.experts)
+        return orphans
+
     def end(self, sequence: int) -> list[ExpertKey]:
         """The sequence is over; later forecasts for it are late. Returns the keys no plan wants any more."""
         self._ended.put(sequence, None)

@@ -234,6 +234,7 @@ def _loaded(message: m.Loaded, limits: Limits) -> None:
     _layer(message.layer, limits)
     _experts((message.expert,), limits)
     _duration(message.load_s, "load_s")
+    _duration(message.ago_s, "ago_s")
     _count(message.load_bytes, "load_bytes")
 
 

@@ -15,8 +15,9 @@ PROTOCOL_VERSION = 2
 Role = Literal["node", "predictor"]
 # What nodes do with an expert once it was computed: free its slot at once, or keep it until room is needed.
 SlotMode = Literal["on-demand", "lru"]
-# What a predictor is told of each step: keys and values, or the gates' choices, or those and the rows they saw.
-Wants = Literal["cache", "routings", "inputs"]
+# What a predictor is told of each step: keys and values, those and what the gates saw, or the gates' choices without or
+# with the rows they saw.
+Wants = Literal["cache", "cache+inputs", "routings", "inputs"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -77,13 +78,14 @@ class SlotReport(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """An expert came to rest in a slot; `on_demand` when no forecast had asked for it."""
+    """An expert came to rest in a slot, `ago_s` before this was sent; `on_demand` when no forecast had asked for it."""
 
     layer: int
     expert: int
     load_s: float
     load_bytes: int
     on_demand: bool
+    ago_s: float = 0.0
 
 
 class LoadFailed(Message, frozen=True):

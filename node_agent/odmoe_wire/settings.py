@@ -109,6 +109,16 @@ def load(cls: type[SettingsT], argv: Sequence[str], *, prog: str) -> SettingsT:
     return settings
 
 
+def refuse_unused(settings: RoleSettings, *, choice: str, uses: Mapping[str, Sequence[str]]) -> None:
+    """`uses` says for which values of the setting `choice` others mean anything. Raises ValueError for one that was
+    given although it says nothing with the value chosen; for validators of settings."""
+    chosen = getattr(settings, choice)
+    for name, values in uses.items():
+        given = name in settings.model_fields_set and getattr(settings, name) is not None
+        if given and chosen not in values:
+            raise ValueError(f"{_flag(name)} says nothing with {_flag(choice)} {chosen}; it is for {', '.join(values)}")
+
+
 def describe(settings: RoleSettings) -> list[Setting]:
     """Every setting with its value and where it came from, in the order of declaration."""
     shown = []

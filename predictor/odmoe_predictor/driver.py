@@ -1,4 +1,4 @@
-"""A predictor at work: the switchboard on a thread of its own, the shadow on the caller's. Decides nothing itself.
+"""A predictor at work: the switchboard on a thread of its own, the forecasts on the caller's. Decides nothing itself.
 
 `run` is the whole life of the process but for its signals; `pump` does all that waits once, for tests without
 threads, in which time is passed in.
@@ -10,33 +10,40 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
+import msgspec
+
 from odmoe_predictor.mailbox import Mailbox
+from odmoe_predictor.rival_worker import MAX_SEQUENCES, RivalWorker
+from odmoe_predictor.rivals.base import Rival
 from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import RefusedError, Switchboard
 from odmoe_predictor.worker import Worker
 from odmoe_wire.link import Link
-from odmoe_wire.messages import Hello
+from odmoe_wire.messages import Hello, Wants
 from odmoe_wire.waiting import Wake, wait
 
 log = logging.getLogger(__name__)
 
-IDLE_S: Final = 1.0  # how long the shadow sleeps at most before it looks whether it should stop
+IDLE_S: Final = 1.0  # how long that thread sleeps at most before it looks whether it should stop
 FAREWELL_S: Final = 0.1  # for the last messages to get out of the process
 JOIN_S: Final = 5.0
 
 
 class Predictor:
-    """`hello` says who we are; the links are ours to close once `run` was called. `run_ahead` is how many tokens to
-    forecast beyond the newest the server has sent."""
+    """`hello` says who we are; the links are ours to close once `run` was called. A shadow may forecast `run_ahead`
+    tokens beyond the newest the server has sent; of a rival, which has no tokens of its own, `max_sequences` are
+    remembered."""
 
     def __init__(
         self,
         hello: Hello,
-        shadow: Shadow,
+        forecaster: Shadow | Rival,
         *,
         server: Link,
         nodes: Link,
+        num_layers: int,
         run_ahead: int = 0,
+        max_sequences: int = MAX_SEQUENCES,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.loop_errors = 0
@@ -44,8 +51,15 @@ class Predictor:
         self._links = [server, nodes]
         self._wake = Wake()
         self._mailbox = Mailbox(self._wake)
-        self.switchboard = Switchboard(hello, server=server, nodes=nodes, mailbox=self._mailbox, now=clock())
-        self.worker = Worker(shadow, self._mailbox, run_ahead=run_ahead, clock=clock)
+        hello = msgspec.structs.replace(hello, wants=_wants(forecaster))
+        self.switchboard = Switchboard(
+            hello, server=server, nodes=nodes, mailbox=self._mailbox, num_layers=num_layers, now=clock()
+        )
+        self.worker: Worker | RivalWorker
+        if isinstance(forecaster, Shadow):
+            self.worker = Worker(forecaster, self._mailbox, run_ahead=run_ahead, clock=clock)
+        else:
+            self.worker = RivalWorker(forecaster, self._mailbox, max_sequences=max_sequences)
         self._stopping = threading.Event()
         self._refused: RefusedError | None = None
 
@@ -68,6 +82,7 @@ class Predictor:
             self.stop()
             sockets.join(JOIN_S)
             self._wake.close()
+            log.info("%s", self.worker.counters)
         if self._refused is not None:
             raise self._refused
 
@@ -100,3 +115,9 @@ class Predictor:
         except Exception:  # outermost loop: one bad event must not end the predictor
             self.loop_errors += 1
             log.exception("the predictor failed on an event")
+
+
+def _wants(forecaster: Shadow | Rival) -> Wants:
+    if isinstance(forecaster, Shadow):
+        return "cache+inputs" if forecaster.corrects else "cache"
+    return forecaster.wants

@@ -1,4 +1,4 @@
-"""A predictor process from good settings: store, shadow and links put together. Knows no signals.
+"""A predictor process from good settings: store, shadow or rival, and links put together. Knows no signals.
 
 The work is in `driver`.
 """
@@ -17,6 +17,8 @@ from odmoe_model.store import ExpertStore, StoreError
 from odmoe_predictor.config import Precision, PredictorSettings
 from odmoe_predictor.driver import Predictor
 from odmoe_predictor.report import report_line, report_table
+from odmoe_predictor.rivals.base import Rival
+from odmoe_predictor.rivals.build import make_rival
 from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import SERVER, FromNode, FromServer, RefusedError
 from odmoe_wire.checks import Limits
@@ -43,7 +45,7 @@ class CannotRunError(Exception):
 
 
 def run(settings: PredictorSettings, *, title: str) -> None:
-    """Load the shadow and serve until an exception such as KeyboardInterrupt comes. Raises CannotRunError."""
+    """Load what forecasts and serve until an exception such as KeyboardInterrupt comes. Raises CannotRunError."""
     console = Console(stderr=True)
     console.print(table(settings, title=title))
     torch.set_num_threads(settings.threads)
@@ -64,18 +66,28 @@ def _run(settings: PredictorSettings, console: Console) -> None:
         package_version=version("odmoe"),
         store_digest=store.manifest.digest,
     )
+    num_layers = store.manifest.num_moe_layers
     limits = Limits(
-        num_layers=store.manifest.num_moe_layers,
+        num_layers=num_layers,
         num_experts=store.manifest.num_experts,
         hidden_size=store.manifest.hidden_size,
     )
     with zmq.Context() as context:
         server, nodes = _links(settings, limits, context)
         try:
-            shadow = _load(settings, store)
+            forecaster = _load(settings, store)
             del store  # and with it the mapping of all experts
-            console.print(report_table(shadow.report))
-            predictor = Predictor(hello, shadow, server=server, nodes=nodes, run_ahead=settings.run_ahead)
+            if isinstance(forecaster, Shadow):
+                console.print(report_table(forecaster.report))
+            predictor = Predictor(
+                hello,
+                forecaster,
+                server=server,
+                nodes=nodes,
+                num_layers=num_layers,
+                run_ahead=settings.run_ahead,
+                max_sequences=settings.max_sequences,
+            )
             settle_heap()
             log.info("node agents can connect to %s", nodes.endpoint)
             predictor.run()
@@ -87,7 +99,7 @@ def _run(settings: PredictorSettings, console: Console) -> None:
 def _links(
     settings: PredictorSettings, limits: Limits, context: "zmq.Context[zmq.Socket[bytes]]"
 ) -> tuple[Link, RouterLink]:
-    """Before the shadow, so that a taken port is known at once."""
+    """Before the weights, so that a taken port is known at once."""
     keys = None if settings.keys_dir is None else CurveKeys.load(settings.keys_dir, name=settings.peer_id)
     nodes = RouterLink.bind(settings.endpoint, context=context, accept=FromNode, limits=limits, keys=keys)
     try:
@@ -106,7 +118,18 @@ def _links(
     return server, nodes
 
 
-def _load(settings: PredictorSettings, store: ExpertStore) -> Shadow:
+def _load(settings: PredictorSettings, store: ExpertStore) -> Shadow | Rival:
+    if settings.kind == "shadow":
+        return _load_shadow(settings, store)
+    try:
+        rival = make_rival(settings.kind, store, look_ahead=settings.look_ahead or 1, weights=settings.weights)
+    except ValueError as error:
+        raise CannotRunError(str(error)) from error
+    log.info("the %s predictor holds %.1f MB", settings.kind, rival.held_bytes / 1e6)
+    return rival
+
+
+def _load_shadow(settings: PredictorSettings, store: ExpertStore) -> Shadow:
     began_s = said_s = monotonic()
 
     def on_progress(done: int, total: int) -> None:
@@ -121,6 +144,7 @@ def _load(settings: PredictorSettings, store: ExpertStore) -> Shadow:
         scope=settings.scope,
         device=settings.device,
         max_sequences=settings.max_sequences,
+        feedback=settings.feedback,
         on_progress=on_progress,
     )
     log.info("loaded in %.1f s: %s", monotonic() - began_s, report_line(shadow.report))

@@ -6,6 +6,7 @@ tokens meanwhile; what it did on a wrong one is undone. Knows no sockets, no nod
 Shape suffixes: T token rows, K experts a token, H hidden size.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,22 +26,19 @@ from odmoe_model.kvcache import (
     trim_cache,
     truncate_cache,
 )
-from odmoe_model.quantize import (
-    Int8Weight,
-    QuantizationReport,
-    QuantizedLinear,
-    Quantizer,
-    Treated,
-    kept_tensor,
-    quantize_linears,
-    treated_weight,
-)
-from odmoe_model.skeleton import load_skeleton
+from odmoe_model.quantize import Int8Weight, QuantizationReport, Quantizer
+from odmoe_model.routers import RoutersError, routers_of
 from odmoe_model.store import ExpertStore
 from odmoe_predictor.config import Scope
 from odmoe_predictor.experts import Progress, QuantizedExperts
+from odmoe_predictor.feedback import Correction, Gate, Sights
+from odmoe_predictor.parts import load_parts
 from odmoe_wire.messages import CacheLayer
 
+log = logging.getLogger(__name__)
+
+# Most rows that go through the model at once: a prompt must not take memory with its length.
+MOST_ROWS = 512
 # Called with a layer's ordinal and the experts forecast for it, ascending, as soon as its router has spoken.
 OnRouting = Callable[[int, list[int]], None]
 
@@ -60,13 +58,15 @@ class _Abandoned(Exception):
 @dataclass
 class _Sequence:
     """`inputs` are tokens whose positions the cache does not hold yet; `newest` how many of them the last
-    alignment asked a forecast for. `fed` are the tokens of positions it does hold, from the last aligned one on.
+    alignment asked a forecast for. `fed` are the tokens of positions it does hold, from the last aligned one on, and
+    `sights` what the gates saw there.
     `hidden_H` is what the head makes the token of position `hidden_for` of."""
 
     cache: DynamicCache
     inputs: dict[int, int] = field(default_factory=dict)
     newest: int = 0
     fed: dict[int, int] = field(default_factory=dict)
+    sights: Sights = field(default_factory=Sights)
     hidden_H: Tensor | None = None
     hidden_for: int = 0
 
@@ -80,17 +80,22 @@ class _Sequence:
             self.hidden_H = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pass:
-    """The forward under way: how many rows at the end are forecast, and where to."""
+    """The forward under way: how many rows at the end are forecast, the last of them at `position`, and where to;
+    `later` rows come in pieces after this one."""
 
+    sights: Sights
+    position: int
     newest: int
+    later: int
     on_routing: OnRouting
     is_stale: Callable[[], bool]
 
 
 class Shadow:
-    """Use `Shadow.load`. `max_sequences` bounds the caches: the one least recently aligned goes first."""
+    """Use `Shadow.load`. `max_sequences` bounds the caches: the one least recently aligned goes first. `gates` are the
+    layers', for `correct`."""
 
     def __init__(
         self,
@@ -101,8 +106,10 @@ class Shadow:
         config: PreTrainedConfig,
         report: QuantizationReport,
         max_sequences: int,
+        gates: Sequence[Gate] = (),
     ) -> None:
         self.report = report
+        self._gates = gates
         self._body = body
         self._experts = experts
         self._head = head
@@ -122,18 +129,26 @@ class Shadow:
         scope: Scope = "model",
         device: str = "cpu",
         max_sequences: int = 16,
+        feedback: bool = False,
         on_progress: Progress | None = None,
     ) -> "Shadow":
         """Quantise the store's model, or of it the routed experts only. Afterwards the store may be closed: nothing
-        of its experts is kept."""
-        model = load_skeleton(store, device=device)
-        body = model.base_model
-        experts = QuantizedExperts(store, body, quantize=quantize, device=torch.device(device), on_progress=on_progress)
-        of_the_rest = quantize if scope == "model" else None
-        head, treated_head = _quantized_head(model, body, of_the_rest)
-        treated = [*experts.treated, *quantize_linears(body, of_the_rest), *treated_head]
-        report = QuantizationReport(tuple(treated))
-        return cls(body, experts, head=head, config=model.config, report=report, max_sequences=max_sequences)
+        of its experts is kept. With `feedback` it can `correct` its forecasts, where the family's gates are known."""
+        parts = load_parts(store, quantize=quantize, scope=scope, device=device, on_progress=on_progress)
+        return cls(
+            parts.body,
+            parts.experts,
+            head=parts.head,
+            config=parts.config,
+            report=parts.report,
+            max_sequences=max_sequences,
+            gates=_gates(parts.body, family=store.manifest.model_type) if feedback else (),
+        )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether `correct` may ever have something to say."""
+        return bool(self._gates)
 
     def start(self, sequence: int) -> None:
         """Begin a sequence, or begin it anew."""
@@ -175,6 +190,7 @@ class Shadow:
         elif not known and position < state.length:
             truncate_cache(state.cache, length=position)
         state.fed = {at: token for at, token in state.fed.items() if position <= at < state.length}
+        state.sights.keep(position, state.length)
         state.forget_cut()
         state.inputs = {at: token for at, token in state.inputs.items() if at < position}
         state.newest = 0
@@ -208,11 +224,13 @@ class Shadow:
         if None in inputs:
             raise SequenceError(f"sequence {sequence}: no input and no cache for position {first + inputs.index(None)}")
         saved = snapshot_cache(state.cache)
-        self._pass = _Pass(state.newest, on_routing, is_stale)
+        self._pass = _Pass(state.sights, first + len(inputs) - 1, state.newest, len(inputs), on_routing, is_stale)
         done = False
         try:
-            ids = torch.tensor([inputs], device=self._place.device)
-            output = self._body(input_ids=ids, past_key_values=state.cache, use_cache=True)
+            for begin in range(0, len(inputs), MOST_ROWS):
+                ids = torch.tensor([inputs[begin : begin + MOST_ROWS]], device=self._place.device)
+                self._pass.later -= ids.shape[1]
+                output = self._body(input_ids=ids, past_key_values=state.cache, use_cache=True)
             done = True
         except _Abandoned:
             return False
@@ -220,20 +238,22 @@ class Shadow:
             self._pass = None
             if not done:
                 restore_cache(state.cache, saved)
+                state.sights.keep(0, first)
         state.fed |= state.inputs
         state.hidden_H, state.hidden_for = output.last_hidden_state[0, -1], state.length
         state.inputs.clear()
         trim_cache(state.cache)
         return True
 
-    def rollback(self, sequence: int, *, position: int) -> None:
-        """Forget everything of the sequence from `position` on. Raises SequenceError or CacheError."""
-        state = self._known(sequence)
-        if position < state.length:
-            truncate_cache(state.cache, length=position)
-        state.inputs = {at: token for at, token in state.inputs.items() if at < position}
-        state.fed = {at: token for at, token in state.fed.items() if at < position}
-        state.forget_cut()
+    @torch.inference_mode()
+    def correct(self, sequence: int, *, position: int, layer: int, x_1H: Tensor, target: int) -> Correction | None:
+        """What the row `x_1H` that the full model's gate of a layer saw makes of the forecast of layer `target`; None
+        when the shadow has not forecast both layers for the position, or the position is past. May be called from
+        within `is_stale` and `on_routing`."""
+        state = self._sequences.get(sequence)
+        if state is None or not self._gates:
+            return None
+        return state.sights.correct(position, layer=layer, x_1H=x_1H, target=target, gates=self._gates)
 
     def end(self, sequence: int) -> None:
         """The sequence is over; one that is not known is over already."""
@@ -280,9 +300,21 @@ class Shadow:
         assert now is not None, "experts are only asked for inside forecast"
         if now.is_stale():
             raise _Abandoned
-        newest_TK = call.index_TK[-now.newest :]
-        now.on_routing(call.layer, sorted(set(newest_TK.flatten().tolist())))
+        if not now.later:
+            newest_TK = call.index_TK[-now.newest :]
+            experts = sorted(set(newest_TK.flatten().tolist()))
+            now.on_routing(call.layer, experts)
+            if self._gates and now.newest == 1:
+                now.sights.note(now.position, call.layer, x_1H=call.x_TH[-1:], experts=experts)
         return self._experts(call)
+
+
+def _gates(body: nn.Module, *, family: str) -> Sequence[Gate]:
+    try:
+        return routers_of(body, family=family)
+    except RoutersError as error:
+        log.info("forecasts are not corrected: %s", error)
+        return ()
 
 
 def _is_fed(state: _Sequence, position: int, tokens: Sequence[int]) -> bool:
@@ -290,19 +322,3 @@ def _is_fed(state: _Sequence, position: int, tokens: Sequence[int]) -> bool:
     if position + max(1, len(tokens)) > state.length:
         return False
     return all(state.fed.get(position + i) == token for i, token in enumerate(tokens))
-
-
-def _quantized_head(model: Any, body: nn.Module, quantize: Quantizer | None) -> tuple[nn.Module, list[Treated]]:
-    """The output head and its entry; one that shares its weight with the body stays and is in the body's."""
-    head: nn.Linear = model.get_output_embeddings()
-    if any(head.weight is parameter for parameter in body.parameters()):
-        return head, []
-    if quantize is None:
-        kept = [kept_tensor(tensor, what="output head", reason="not in the scope") for tensor in head.parameters()]
-        return head, kept
-    weight = quantize(head.weight.detach())
-    bias = None if head.bias is None else head.bias.detach()
-    treated = [treated_weight(head.weight, weight, what="output head")]
-    if bias is not None:
-        treated.append(kept_tensor(bias, what="norms, biases, tables", reason="vectors"))
-    return QuantizedLinear(weight, bias), treated

@@ -1,20 +1,21 @@
 """The predictor's side of every conversation: with its server and with the node agents. One thread, never blocks.
 
 Says hello until it is welcomed, keeps life signs both ways, passes orders to the mailbox and forecasts from it.
-Knows no shadow. When the server is lost, or a sequence went wrong, it comes back under a new incarnation: the
-server then begins every sequence with it anew.
+Knows nothing of how forecasts are made. When the server is lost, or a sequence went wrong, it comes back under a new
+incarnation: the server then begins every sequence with it anew.
 """
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
-from odmoe_predictor.mailbox import Forecast, Mailbox, Order
-from odmoe_wire.codec import Received
+from odmoe_predictor.mailbox import Forecast, Mailbox, Order, OrderMessage
+from odmoe_wire.codec import Blob, Received
+from odmoe_wire.homes import placed
 from odmoe_wire.link import Link, PeerGone
 from odmoe_wire.liveness import Liveness
 from odmoe_wire.messages import (
@@ -24,23 +25,23 @@ from odmoe_wire.messages import (
     End,
     Heartbeat,
     Hello,
-    Member,
     ProtocolErrorNotice,
     Refused,
     Rollback,
+    Routed,
     Schedule,
     Start,
     View,
     Welcome,
 )
-from odmoe_wire.placement import place
+from odmoe_wire.placement import group_of
 from odmoe_wire.session import Session
 
 log = logging.getLogger(__name__)
 
 SERVER: Final = "server"
 # What a link of ours accepts: from the server, and from node agents.
-FromServer = Welcome | Refused | View | Start | Align | Rollback | End | Heartbeat | Bye | ProtocolErrorNotice
+FromServer = Welcome | Refused | View | Start | Align | Routed | End | Heartbeat | Bye | ProtocolErrorNotice
 FromNode = Hello | Heartbeat | Bye | ProtocolErrorNotice
 
 MAX_BURST: Final = 256  # messages taken from one link before forecasts and life signs have their turn
@@ -58,9 +59,10 @@ class RefusedError(Exception):
 
 @dataclass
 class SwitchboardCounters:
-    """`unsent`: schedules whose receiver was not there. `refused`: orders there was no room for."""
+    """`unsent`: schedules and rollbacks whose receiver was not there. `refused`: orders there was no room for."""
 
     schedules: int = 0
+    rollbacks: int = 0
     unsent: int = 0
     refused: int = 0
     rebirths: int = 0
@@ -75,7 +77,8 @@ class Node:
 
 
 class Switchboard:
-    """`hello` is what to tell the server; its incarnation is drawn here."""
+    """`hello` is what to tell the server; its incarnation is drawn here. `num_layers` is the model's: what a group of
+    nodes serves depends on it."""
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class Switchboard:
         server: Link,
         nodes: Link,
         mailbox: Mailbox,
+        num_layers: int,
         now: float,
         draw_incarnation: Callable[[], int] = lambda: secrets.randbits(62),
     ) -> None:
@@ -92,6 +96,7 @@ class Switchboard:
         self._server = server
         self._node_link = nodes
         self._mailbox = mailbox
+        self._num_layers = num_layers
         self._draw_incarnation = draw_incarnation
         self._hello = msgspec.structs.replace(hello, incarnation=draw_incarnation())
         self._last_birth_s = now
@@ -123,11 +128,14 @@ class Switchboard:
         return busy
 
     def send_forecasts(self) -> bool:
-        """Send what the shadow has found out; true if there was anything."""
-        forecasts = self._mailbox.forecasts()
-        for forecast in forecasts:
-            self._spread(forecast)
-        return bool(forecasts)
+        """Send what was forecast and what is void, in order; true if there was anything."""
+        words = self._mailbox.words()
+        for word in words:
+            if isinstance(word, Rollback):
+                self._void(word)
+            else:
+                self._spread(word)
+        return bool(words)
 
     def wait_s(self, now: float) -> float:
         """How long nothing will be due."""
@@ -161,11 +169,8 @@ class Switchboard:
                     self._pace = welcome
             case View() as view:
                 self._view, self.epoch = view, received.epoch
-            case Start() | Align() | Rollback() | End() as message:
-                # Before the welcome it can only be meant for what we were.
-                if self.joined and not self._mailbox.order(Order(message, received.blobs)):
-                    self.counters.refused += 1
-                    self._troubled = True
+            case Start() | Align() | Routed() | End() as message:
+                self._order(message, received.blobs)
             case Refused(reason=reason):
                 raise RefusedError(reason)
             case Bye(reason=reason):
@@ -175,6 +180,24 @@ class Switchboard:
                 log.warning("the server did not accept a message: %s", reason)
             case _:  # heartbeats have served as life signs
                 pass
+
+    def _order(self, message: OrderMessage, blobs: tuple[Blob, ...]) -> None:
+        if not self.joined:  # it can only be meant for what we were
+            return
+        if isinstance(message, Routed) and self._hello.wants == "cache+inputs":
+            corrects = self._next_turn(message.layer)
+            if corrects is not None:
+                self.counters.refused += not self._mailbox.order(Order(message, blobs, corrects=corrects))
+        elif not self._mailbox.order(Order(message, blobs)):
+            self.counters.refused += 1
+            self._troubled = True
+
+    def _next_turn(self, layer: int) -> int | None:
+        """The layer for which the nodes that serve this one are to load next; None when there is none."""
+        members, group_size = self._view.members, self._view.group_size
+        group = group_of(layer, members, group_size, self._num_layers)
+        later = range(layer + 1, self._num_layers)
+        return next((at for at in later if group_of(at, members, group_size, self._num_layers) == group), None)
 
     def _keep_up_with_server(self, now: float) -> None:
         if self._session.check_lost(now):
@@ -245,20 +268,31 @@ class Switchboard:
 
     def _spread(self, forecast: Forecast) -> None:
         """To each node of the layer's group its share, to the server the whole."""
-        shares: dict[str, list[int]] = {}
-        for expert, node_id in self._placed(forecast, self._view.members).items():
+        # A node that has no share any more has to hear so.
+        before = self._placed(forecast.layer, forecast.instead)
+        shares: dict[str, list[int]] = {node_id: [] for node_id in before.values()}
+        for expert, node_id in self._placed(forecast.layer, forecast.experts).items():
             shares.setdefault(node_id, []).append(expert)
         for node_id, experts in shares.items():
             schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=experts)
-            self._count(node_id in self._nodes and self._send(self._node_link, node_id, schedule))
+            self._count(schedule, node_id in self._nodes and self._send(self._node_link, node_id, schedule))
         schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=forecast.experts)
-        self._count(self._send(self._server, SERVER, schedule))
+        self._count(schedule, self._send(self._server, SERVER, schedule))
 
-    def _placed(self, forecast: Forecast, members: list[Member]) -> dict[int, str]:
-        return place(forecast.layer, forecast.experts, members, self._view.group_size)
+    def _void(self, rollback: Rollback) -> None:
+        """To the server and to every node of the view: any of them may have been told of some layer."""
+        for member in self._view.members:
+            here = member.node_id in self._nodes
+            self._count(rollback, here and self._send(self._node_link, member.node_id, rollback))
+        self._count(rollback, self._send(self._server, SERVER, rollback))
 
-    def _count(self, sent: bool) -> None:
-        self.counters.schedules += sent
+    def _placed(self, layer: int, experts: Sequence[int]) -> dict[int, str]:
+        view = self._view
+        return placed(layer, experts, view.members, view.group_size, mode=view.mode, num_layers=self._num_layers)
+
+    def _count(self, message: Schedule | Rollback, sent: bool) -> None:
+        self.counters.schedules += sent and isinstance(message, Schedule)
+        self.counters.rollbacks += sent and isinstance(message, Rollback)
         self.counters.unsent += not sent
 
     def _send(self, link: Link, peer: str, message: AnyMessage) -> bool:

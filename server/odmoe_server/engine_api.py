@@ -56,7 +56,9 @@ class ExpertStats:
     """What the experts of one generation's decode steps cost. Activations = experts the gate chose, summed over
     layers and steps. `predicted` of them were in a forecast that came before the gate spoke, `predicted_late` in one
     that came after it (known for the engine's totals only); the recall is the two together by activations. `hit`
-    lay in their slot when the compute arrived, `late` were being loaded, `missed` had to be ordered by the compute."""
+    lay in their slot when the compute arrived, `late` were being loaded, `missed` had to be ordered by the compute.
+    `wait_s` adds up what each expert was waited for, `stall_s` only the longest wait of each layer: nodes wait side by
+    side."""
 
     activations: int = 0
     predicted: int = 0
@@ -65,6 +67,7 @@ class ExpertStats:
     late: int = 0
     missed: int = 0
     wait_s: float = 0.0
+    stall_s: float = 0.0
 
 
 class EngineError(Exception):

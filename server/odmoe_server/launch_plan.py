@@ -100,9 +100,22 @@ def _predictor(plan: Plan) -> ChildSpec:
     command = [sys.executable, "-m", "odmoe_predictor", "--store", str(plan.store)]
     command += ["--server-endpoint", plan.endpoint("cluster"), "--endpoint", plan.endpoint("predictor")]
     command += ["--peer-id", "predictor", "--threads", str(plan.threads), *_common(plan)]
-    command += ["--precision", plan.settings.shadow_precision, "--scope", plan.settings.shadow_scope]
-    command += ["--run-ahead", str(plan.settings.run_ahead)]
+    command += _forecasting(plan.settings)
     return ChildSpec(name="predictor", command=command, environment=environment(plan.threads))
+
+
+def _forecasting(settings: ServeSettings) -> list[str]:
+    """Only what the kind of predictor has a use for: it refuses the rest."""
+    if settings.predictor_kind == "shadow":
+        options = ["--precision", settings.shadow_precision, "--scope", settings.shadow_scope]
+        options += ["--run-ahead", str(settings.run_ahead)]
+        return [*options, "--feedback" if settings.feedback else "--no-feedback"]
+    options = ["--kind", settings.predictor_kind]
+    if settings.predictor_look_ahead is not None:
+        options += ["--look-ahead", str(settings.predictor_look_ahead)]
+    if settings.predictor_weights is not None:
+        options += ["--weights", str(settings.predictor_weights)]
+    return options
 
 
 def _common(plan: Plan) -> list[str]:

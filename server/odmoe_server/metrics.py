@@ -183,6 +183,8 @@ class EngineCollector(Collector):
             text = "Share of the activations that was forecast, in time or not."
             yield self._gauge("expert_prediction_recall", text, recall)
         yield self._counter("expert_wait_seconds", "Time computes waited for experts.", totals.wait_s)
+        text = "Time decode steps waited for experts: of each layer, the longest wait."
+        yield self._counter("expert_stall_seconds", text, totals.stall_s)
         yield self._counter("failovers", "Computations given to another node.", health.failovers_total)
         yield self._counter("failures", "Answers that broke off for a reason nobody foresaw.", health.failures_total)
         yield self._counter("protocol_errors", "Messages that were not accepted.", health.protocol_errors_total)

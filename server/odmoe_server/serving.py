@@ -132,10 +132,12 @@ def engine_options(settings: ServerSettings) -> EngineOptions:
         heartbeat_s=settings.heartbeat_s,
         lost_after_s=settings.lost_after_s,
         call_timeout_s=settings.call_timeout_s,
-        periods=Periods(token=_period(settings.align_token), kv=_period(settings.align_kv)),
+        periods=Periods(token=_period(settings.align_token), kv=_period(settings.align_kv), prompt=settings.prompt_kv),
         keys=None if keys_dir is None else CurveKeys.load(keys_dir, name=OWN_KEY),
         timeline=settings.timeline,
         trace=settings.trace,
+        prefill_chunk=settings.prefill_chunk,
+        slot_mode=settings.slot_mode,
     )
 
 

@@ -14,11 +14,14 @@ from odmoe_wire.messages import (
     Hello,
     Load,
     Loaded,
+    Member,
     ProtocolErrorNotice,
     Release,
     Result,
+    Rollback,
     SlotReport,
     Span,
+    View,
 )
 from support.node_loopback import HEARTBEAT_S, LOST_AFTER_S, NodeOnLoopback
 from support.stores import tiny_store
@@ -57,17 +60,64 @@ def test_results_are_the_experts_rows_to_the_last_bit_with_fewer_slots_than_expe
 
 def test_a_forecast_is_a_hit_and_its_bytes_are_accounted_until_computed(node: NodeOnLoopback) -> None:
     node.forecast(0, [5])
-    (loaded,) = node.said(Loaded)
-    assert isinstance(loaded, Loaded)
-    assert (loaded.layer, loaded.expert, loaded.on_demand) == (0, 5, False)
     record_bytes = node.store.manifest.record_bytes
-    assert node.agent.report().accounted_bytes == record_bytes == loaded.load_bytes
+    assert node.agent.report().accounted_bytes == record_bytes
     rows = rows_for({5: 1})
     node.compute(0, rows)
     (result,) = node.said(Result)
     assert isinstance(result, Result)
     assert result.timings[0].outcome == "hit"
     assert torch.equal(node.result_rows(), expected(node, 0, rows))
+    assert node.agent.report().accounted_bytes == 0
+
+
+def test_a_load_is_told_of_with_the_next_answer_and_how_long_ago_it_was(node: NodeOnLoopback) -> None:
+    node.forecast(0, [5])
+    node.advance(HEARTBEAT_S / 2)
+    assert node.said(Loaded) == [], "by itself it is not worth waking the server"
+    node.compute(0, rows_for({5: 1}))
+    assert [type(received.message) for received in node.at_server][-2:] == [Result, Loaded]
+    (loaded,) = node.said(Loaded)
+    assert isinstance(loaded, Loaded)
+    assert (loaded.layer, loaded.expert, loaded.on_demand) == (0, 5, False)
+    assert loaded.load_bytes == node.store.manifest.record_bytes
+    assert loaded.ago_s == pytest.approx(HEARTBEAT_S / 2)
+
+
+def test_a_load_nobody_asks_for_is_told_of_with_the_next_life_sign(node: NodeOnLoopback) -> None:
+    node.forecast(0, [5])
+    node.advance(HEARTBEAT_S)
+    assert len(node.said(Loaded)) == 1
+    node.advance(HEARTBEAT_S)
+    assert len(node.said(Loaded)) == 1, "once"
+
+
+def test_loads_for_a_server_that_is_gone_are_not_told_to_the_next(node: NodeOnLoopback) -> None:
+    node.forecast(0, [5])
+    node.tell(Bye(reason="test"))
+    node.welcome(epoch=1)
+    node.advance(HEARTBEAT_S)
+    assert node.said(Loaded) == []
+
+
+def test_rollback_comes_from_the_predictor_alone(node: NodeOnLoopback) -> None:
+    node.forecast(0, [5], position=3)
+    node.tell(Rollback(sequence=1, position=0))
+    assert node.agent.state.used_slots == 1
+    node.predictor.send("n", Rollback(sequence=1, position=3), epoch=1)
+    node.pump()
+    assert node.agent.state.used_slots == 0
+
+
+def test_experts_stay_while_the_view_says_so(node: NodeOnLoopback) -> None:
+    members = [Member("n", node.hello.slots)]
+    node.tell(View(members=members, group_size=1, mode="lru"))
+    for position in range(2):
+        rows = rows_for({5: 1})
+        node.compute(0, rows, request_id=position, position=position)
+        assert torch.equal(node.result_rows(), expected(node, 0, rows))
+    assert node.agent.report().loads_total == 1
+    node.tell(View(members=members, group_size=1))
     assert node.agent.report().accounted_bytes == 0
 
 

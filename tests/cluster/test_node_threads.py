@@ -14,7 +14,21 @@ from odmoe_node.bank import SlotBank, open_bank
 from odmoe_node.build import hello_of, limits_of
 from odmoe_node.driver import NodeAgent, RefusedError
 from odmoe_wire.link import DealerLink
-from odmoe_wire.messages import Bye, ComputeFailed, Heartbeat, Hello, Refused, Result, SlotReport, ToNode
+from odmoe_wire.messages import (
+    Bye,
+    Cancel,
+    ComputeFailed,
+    Heartbeat,
+    Hello,
+    Load,
+    Loaded,
+    Refused,
+    Release,
+    Result,
+    SlotReport,
+    Span,
+    ToNode,
+)
 from support.node_banks import TroubledBank
 from support.node_zmq import ScriptedServer, random_rows, rows_of
 from support.stores import tiny_store
@@ -43,13 +57,18 @@ def server(store: ExpertStore, context: "zmq.Context[zmq.Socket[bytes]]") -> Ite
 
 @contextmanager
 def running(
-    store: ExpertStore, node_id: str, context: "zmq.Context[zmq.Socket[bytes]]", *, bank: SlotBank | None = None
+    store: ExpertStore,
+    node_id: str,
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    *,
+    bank: SlotBank | None = None,
+    slots: int = 2,
 ) -> Iterator[NodeAgent]:
     """An agent on a thread of its own that is told to stop at the end, and must."""
-    bank = bank or open_bank(store, num_slots=2, device="cpu")
+    bank = bank or open_bank(store, num_slots=slots, device="cpu")
     limits = limits_of(store.manifest)
     link = DealerLink.connect(ENDPOINT, identity=node_id, peer="server", context=context, accept=ToNode, limits=limits)
-    hello = hello_of(store.manifest, node_id=node_id, slots=2, budget_bytes=bank.arena_bytes)
+    hello = hello_of(store.manifest, node_id=node_id, slots=slots, budget_bytes=bank.arena_bytes)
     agent = NodeAgent(hello, bank=bank, server=link)
     thread = threading.Thread(target=agent.run, name=node_id, daemon=True)
     thread.start()
@@ -100,6 +119,77 @@ def test_heartbeats_go_on_while_a_long_compute_runs_and_stop_waits_for_it(
         assert isinstance(result.message, Result)
         assert result.message.request_id == 1
         server.expect(Bye)
+
+
+def test_a_load_nobody_wants_is_broken_off_for_the_one_a_compute_needs(
+    store: ExpertStore, server: ScriptedServer, context: "zmq.Context[zmq.Socket[bytes]]"
+) -> None:
+    """It would never end by itself."""
+    bank = TroubledBank(open_bank(store, num_slots=1, device="cpu"))
+    bank.endless.add((0, 5))
+    with running(store, "a", context, bank=bank, slots=1) as agent:
+        server.admit("a")
+        server.link.send("a", Load(spans=[Span(1, 0)], layer=0, experts=[5]), epoch=1)
+        assert bank.endless_began.wait(30)
+        server.link.send("a", Release(spans=[Span(1, 0)], layer=0), epoch=1)
+        x_NH = random_rows(1)
+        server.compute("a", 0, 3, x_NH, request_id=1)
+        _, received = server.expect(Result)
+        assert torch.equal(rows_of(received), ExpertMaths(store.manifest).rows(store.fields(store.record(0, 3)), x_NH))
+        counters = agent.state.counters
+        assert (counters.loads, counters.loads_broken_off) == (1, 1)
+        assert counters.broken_off_s > 0
+        assert agent.loop_errors == 0
+
+
+def test_a_node_computes_while_it_loads(
+    store: ExpertStore, server: ScriptedServer, context: "zmq.Context[zmq.Socket[bytes]]"
+) -> None:
+    """The load never ends; a compute whose expert is there does."""
+    bank = TroubledBank(open_bank(store, num_slots=2, device="cpu"))
+    bank.endless.add((1, 5))
+    with running(store, "a", context, bank=bank):
+        server.admit("a")
+        server.link.send("a", Load(spans=[Span(1, 1)], layer=0, experts=[3]), epoch=1)
+        server.link.send("a", Load(spans=[Span(1, 1)], layer=1, experts=[5]), epoch=1)
+        assert bank.endless_began.wait(30)
+        server.compute("a", 0, 3, random_rows(1), request_id=1)
+        _, received = server.expect(Result)
+        assert isinstance(received.message, Result)
+        assert received.message.timings[0].outcome == "hit"
+        server.link.send("a", Cancel(sequence=1), epoch=1)
+        server.compute("a", 0, 4, random_rows(1), request_id=2)
+        server.expect(Result)
+
+
+def test_with_one_slot_short_computes_need_no_other_thread_and_with_two_they_have_one(
+    store: ExpertStore, server: ScriptedServer, context: "zmq.Context[zmq.Socket[bytes]]"
+) -> None:
+    for node_id, slots in (("one", 1), ("two", 2)):
+        bank = TroubledBank(open_bank(store, num_slots=slots, device="cpu"))
+        with running(store, node_id, context, bank=bank, slots=slots):
+            server.admit(node_id)
+            for request_id in range(4):
+                server.compute(node_id, 0, request_id, random_rows(1), request_id=request_id)
+                server.expect(Result, node_id=node_id)
+        server.expect(Bye)
+        assert bank.computed_on[0] == f"{node_id}-compute", "how long it takes is not known yet"
+        assert bank.computed_on[-1] == ("one" if slots == 1 else "two-compute")
+
+
+def test_a_load_nobody_waits_for_is_found_by_whoever_comes_next(
+    store: ExpertStore, server: ScriptedServer, context: "zmq.Context[zmq.Socket[bytes]]"
+) -> None:
+    bank = TroubledBank(open_bank(store, num_slots=1, device="cpu"))
+    with running(store, "a", context, bank=bank, slots=1):
+        server.admit("a", heartbeat_s=20.0)
+        for request_id in range(8):
+            server.link.send("a", Load(spans=[Span(1, request_id)], layer=0, experts=[request_id]), epoch=1)
+            server.compute("a", 0, request_id, random_rows(1), request_id=request_id)
+            _, received = server.expect(Result)
+            assert isinstance(received.message, Result)
+            assert received.message.timings[0].wait_s < 10.0, "it did not wait for a life sign"
+            server.expect(Loaded)
 
 
 def test_a_refusal_ends_the_agent_with_the_servers_reason(

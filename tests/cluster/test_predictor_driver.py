@@ -16,7 +16,7 @@ from odmoe_wire.messages import (
     Hello,
     ProtocolErrorNotice,
     Refused,
-    Rollback,
+    Routed,
     Span,
     Start,
     Welcome,
@@ -55,14 +55,6 @@ def kinds(messages: list[AnyMessage]) -> set[str]:
     return {type(message).__name__ for message in messages}
 
 
-def started(rig: PredictorRig, store: ExpertStore) -> tuple[FullModel, int]:
-    """The full model after the prompt, and its next token; sequence 1 has begun."""
-    full = FullModel(store)
-    token = full.step(PROMPT)
-    rig.say(Start(sequence=1))
-    return full, token
-
-
 def forecast_at_server(rig: PredictorRig, position: int) -> Routings:
     schedules = rig.schedules("server")
     assert {schedule.span for schedule in schedules} <= {Span(1, position, 1)}
@@ -73,7 +65,7 @@ def forecast_at_server(rig: PredictorRig, position: int) -> Routings:
 
 
 def test_forecast_goes_whole_to_the_server_and_by_placement_to_the_nodes(rig: PredictorRig, store: ExpertStore) -> None:
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     rows = len(PROMPT)
     for _ in range(4):
         position = full.length
@@ -102,7 +94,7 @@ def test_layers_are_announced_one_by_one_as_the_routers_speak(
     rig: PredictorRig, store: ExpertStore, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the last layer's router has spoken, the first layer's schedule is at the nodes already."""
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     seen_before_last: list[int] = []
     forecast = shadow.forecast
 
@@ -125,7 +117,7 @@ def test_layers_are_announced_one_by_one_as_the_routers_speak(
 def test_alignments_that_piled_up_are_taken_in_but_only_the_newest_is_forecast(
     rig: PredictorRig, store: ExpertStore
 ) -> None:
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     rows = len(PROMPT)
     for _ in range(5):
         rig.align(full, token, rows=rows)
@@ -141,7 +133,7 @@ def test_forecast_under_way_is_given_up_for_a_newer_one(
     rig: PredictorRig, store: ExpertStore, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The full model is done with the step while the shadow is at its first layer."""
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     forecast = shadow.forecast
     routed: list[int] = []
 
@@ -167,93 +159,11 @@ def test_forecast_under_way_is_given_up_for_a_newer_one(
     assert newest == full.routings
 
 
-# ---------------------------------------------------------------------------------------- running ahead
-
-
-def ahead_rig(shadow: Shadow, *, run_ahead: int) -> PredictorRig:
-    rig = PredictorRig(shadow, node_ids=NODES, run_ahead=run_ahead)
-    rig.join()
-    return rig
-
-
-@pytest.mark.parametrize("run_ahead", [1, 2, 5])
-def test_running_ahead_ends_at_its_bound_and_goes_on_with_each_alignment(
-    shadow: Shadow, store: ExpertStore, run_ahead: int
-) -> None:
-    rig = ahead_rig(shadow, run_ahead=run_ahead)
-    full, token = started(rig, store)
-    rows = len(PROMPT)
-    for step in range(3):
-        rig.align(full, token, rows=rows)
-        rig.pump()
-        positions = {schedule.span.position for schedule in rig.schedules("server")}
-        furthest = full.length + run_ahead
-        assert positions == (set(range(full.length, furthest + 1)) if step == 0 else {furthest})
-        assert shadow.length(1) == furthest + 1
-        token, rows = full.step([token]), 1
-    counters = rig.predictor.worker.counters
-    assert (counters.forecast, counters.known, counters.undone) == (1, 2, 0)
-    assert counters.ahead == run_ahead + 2
-
-
-def test_running_ahead_on_a_wrong_token_is_forecast_again(shadow: Shadow, store: ExpertStore) -> None:
-    rig = ahead_rig(shadow, run_ahead=1)
-    full, token = started(rig, store)
-    rig.align(full, token, rows=len(PROMPT))
-    rig.pump()
-    rig.schedules("server")
-    sampled = (full.step([token]) + 1) % full.vocab_size
-    position = full.length
-    rig.align(full, sampled, rows=1)
-    rig.pump()
-    full.step([sampled])
-    again = [schedule for schedule in rig.schedules("server") if schedule.span.position == position]
-    assert {schedule.layer: schedule.experts for schedule in again} == full.routings
-    counters = rig.predictor.worker.counters
-    assert (counters.known, counters.undone) == (0, 1)
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_alignment_amid_running_ahead_ends_it_only_when_the_token_is_wrong(
-    shadow: Shadow, store: ExpertStore, monkeypatch: pytest.MonkeyPatch, right: bool
-) -> None:
-    rig = ahead_rig(shadow, run_ahead=1)
-    full, token = started(rig, store)
-    position = len(PROMPT)
-    routed: list[tuple[int, int]] = []
-    forecast = shadow.forecast
-
-    def interrupted(sequence: int, *, on_routing: OnRouting, is_stale: Callable[[], bool]) -> bool:
-        at = shadow.length(sequence)
-
-        def note(layer: int, experts: list[int]) -> None:
-            on_routing(layer, experts)
-            routed.append((at - position, layer))
-            if routed.count((1, 0)) == 1 and routed[-1] == (1, 0):
-                sampled = full.step([token])
-                rig.align(full, sampled if right else (sampled + 1) % full.vocab_size, rows=1)
-                rig.predictor.switchboard.pump(rig.network.clock())
-
-        return forecast(sequence, on_routing=note, is_stale=is_stale)
-
-    monkeypatch.setattr(shadow, "forecast", interrupted)
-    rig.align(full, token, rows=position)
-    rig.pump()
-    layers = range(store.manifest.num_moe_layers)
-    ahead = [(1, layer) for layer in layers]
-    expected = (
-        [(0, layer) for layer in layers] + (ahead if right else [(1, 0), *ahead]) + [(2, layer) for layer in layers]
-    )
-    assert routed == expected
-    counters = rig.predictor.worker.counters
-    assert (counters.known, counters.abandoned) == ((1, 0) if right else (0, 1))
-
-
 def test_alignments_without_tokens_that_piled_up_are_gone_through_one_by_one(
     rig: PredictorRig, store: ExpertStore
 ) -> None:
     """The shadow's own token at a position comes out of its forecast of the one before."""
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     rig.align(full, token, rows=len(PROMPT))
     for _ in range(3):
         token = full.step([token])
@@ -271,7 +181,7 @@ def test_forecast_that_the_next_own_token_needs_is_not_given_up(
     rig: PredictorRig, store: ExpertStore, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even when the full model is two steps further meanwhile and sends its own token again."""
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     tokens = [token]
     rig.align(full, token, rows=len(PROMPT))
     rig.say(Align(sequence=1, position=full.length + 1, tokens=[], cache=[]))
@@ -303,14 +213,11 @@ def newest_token(rig: PredictorRig) -> int:
     return aligns[-1].tokens[0]
 
 
-def test_rollback_and_end_are_obeyed(rig: PredictorRig, store: ExpertStore, shadow: Shadow) -> None:
-    full, token = started(rig, store)
+def test_end_is_obeyed(rig: PredictorRig, store: ExpertStore, shadow: Shadow) -> None:
+    full, token = rig.started(store, PROMPT)
     rig.align(full, token, rows=len(PROMPT))
     rig.pump()
     assert shadow.length(1) == len(PROMPT) + 1
-    rig.say(Rollback(sequence=1, position=len(PROMPT)))
-    rig.pump()
-    assert shadow.length(1) == len(PROMPT)
     rig.say(End(sequence=1))
     rig.pump()
     assert shadow.num_sequences == 0
@@ -345,7 +252,7 @@ def test_silent_node_is_dropped_and_its_schedules_are_counted_not_fatal(rig: Pre
     gone.close()
     rig.pump(seconds=LOST_AFTER_S + 0.2)
     assert rig.predictor.switchboard.nodes == ["n2", "n3", "n4"]
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     rig.align(full, token, rows=len(PROMPT))
     rig.pump()
     full.step([token])
@@ -367,7 +274,7 @@ def test_node_that_takes_the_predictor_for_another_is_sent_away(rig: PredictorRi
 def test_lost_server_means_new_incarnation_and_no_sequences(
     rig: PredictorRig, store: ExpertStore, shadow: Shadow
 ) -> None:
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     rig.align(full, token, rows=len(PROMPT))
     rig.pump()
     rig.pump(seconds=LOST_AFTER_S + 0.2, alive=False)
@@ -407,7 +314,7 @@ def test_refusal_ends_the_predictor(shadow: Shadow) -> None:
 def test_sequence_with_a_gap_is_dropped_said_so_once_and_started_anew(
     rig: PredictorRig, store: ExpertStore, shadow: Shadow
 ) -> None:
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     for _ in range(3):  # rows of one position, but the prompt never came
         rig.align(full, token, rows=1)
         rig.pump()
@@ -426,6 +333,14 @@ def test_sequence_with_a_gap_is_dropped_said_so_once_and_started_anew(
     assert shadow.length(1) == full.length + 1
 
 
+def test_routings_are_not_for_the_shadow(rig: PredictorRig, store: ExpertStore) -> None:
+    rig.started(store, PROMPT)
+    rig.say(Routed(span=Span(1, len(PROMPT), 1), layer=0, experts=[1, 2]))
+    rig.pump()
+    (notice,) = [message for message in rig.took["server"] if isinstance(message, ProtocolErrorNotice)]
+    assert "did not ask for routings" in notice.reason
+
+
 def test_sequence_that_is_not_known_is_not_forecast(rig: PredictorRig, store: ExpertStore) -> None:
     full = FullModel(store)
     token = full.step(PROMPT)
@@ -438,7 +353,7 @@ def test_sequence_that_is_not_known_is_not_forecast(rig: PredictorRig, store: Ex
 def test_failure_inside_the_model_costs_its_sequence_only(
     rig: PredictorRig, store: ExpertStore, shadow: Shadow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full, token = started(rig, store)
+    full, token = rig.started(store, PROMPT)
     rig.say(Start(sequence=2))
     rig.align(full, token, rows=len(PROMPT), sequence=1)
     rig.align(full, token, rows=len(PROMPT), sequence=2)

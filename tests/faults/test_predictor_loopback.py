@@ -200,6 +200,8 @@ def test_a_shadow_that_runs_ahead_on_wrong_tokens_rolls_back(
     tokens, stats = cluster.generate(PROMPT, max_tokens=NUM_TOKENS)
     assert tokens == expected
     assert worker.counters.undone > NUM_TOKENS // 2
+    voided = cluster.predictor.switchboard.counters.rollbacks
+    assert voided == worker.counters.undone * (len(NODES) + 1), "each wrong guess, to every node and the server"
     assert worker.counters.known == 0
     assert recall(cluster, stats) > 0.9, "each position was forecast again with its own token"
     cluster.assert_nothing_held()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import zmq
 
+from odmoe_model.routers import load_routers
 from odmoe_model.store import ExpertStore
 from odmoe_model.tensors import to_blob
 from odmoe_wire.checks import Limits
@@ -23,7 +25,9 @@ from odmoe_wire.messages import (
     Hello,
     Member,
     Refused,
+    Routed,
     Schedule,
+    Span,
     Start,
     ToNode,
     ToServer,
@@ -65,12 +69,22 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def predictor(store: Path, server: RouterLink, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def kind_options() -> list[str]:
+    """Of the shadow: not ahead, or the test would take a forecast made on a wrong guess for the one it waits for."""
+    return ["--run-ahead", "0"]
+
+
+@pytest.fixture
+def predictor(
+    store: Path, server: RouterLink, tmp_path: Path, kind_options: list[str]
+) -> Iterator[subprocess.Popen[str]]:
     options = ["--store", str(store), "--server-endpoint", server.endpoint, "--endpoint", f"ipc://{tmp_path}/nodes"]
-    # Not ahead: the test would take a forecast made on a wrong guess for the one it waits for.
-    options += ["--run-ahead", "0"]
     process = subprocess.Popen(
-        [*COMMAND, *options, "--verify"], stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path
+        [*COMMAND, *options, *kind_options, "--verify"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
     )
     yield process
     process.kill()
@@ -145,6 +159,47 @@ def test_forecasts_reach_server_and_node_and_sigterm_ends_it_politely(
     for said in ("connected to the server", "int8", "the shadow's weights", "loaded in", "stopped"):
         assert said in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("kind_options", [["--kind", "gate", "--look-ahead", "2"]])
+def test_another_kind_says_what_it_wants_and_forecasts_from_that(
+    store: Path, server: RouterLink, predictor: subprocess.Popen[str]
+) -> None:
+    took: list[AnyMessage] = []
+    join(server, took)
+    assert {message.wants for message in took if isinstance(message, Hello)} == {"inputs"}
+    opened = ExpertStore.open(store, verify=False)
+    x_TH = torch.randn(1, opened.manifest.hidden_size, generator=torch.Generator().manual_seed(1))
+    span = Span(1, len(PROMPT), 1)
+    server.send("predictor", Start(sequence=1), epoch=1)
+    server.send("predictor", Align(sequence=1, position=span.position, tokens=[5], cache=[]), epoch=1)
+    server.send("predictor", Routed(span=span, layer=0, experts=[0, 1, 2]), epoch=1, blobs=[to_blob(x_TH)])
+    wait_for(server, Schedule, took)
+    with torch.inference_mode():
+        expected = sorted(load_routers(opened)[2](x_TH)[0].tolist())
+    assert routings(took, span.position) == {2: expected}
+    predictor.send_signal(signal.SIGTERM)
+    _, text = predictor.communicate(timeout=DEADLINE_S)
+    assert predictor.returncode == 0, text
+    assert "the gate predictor holds" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--kind", "gate", "--look-ahead", "9"], "a look-ahead of 9 layers forecasts nothing in a model of 3"),
+        (["--kind", "trained", "--weights", "no-such"], "no-such cannot be read"),
+    ],
+)
+def test_a_kind_that_cannot_be_is_refused_in_a_line(
+    store: Path, server: RouterLink, tmp_path: Path, options: list[str], said: str
+) -> None:
+    command = [*COMMAND, "--store", str(store), "--server-endpoint", server.endpoint, *options]
+    command += ["--endpoint", f"ipc://{tmp_path}/nodes"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=DEADLINE_S, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def decode(

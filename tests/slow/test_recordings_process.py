@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from odmoe_server.moe.trace import TraceReader
+from odmoe_model.trace import TraceReader
 from support.drawn import read, slices_of
 from support.serve_process import chat_checkpoint, serving
 

@@ -35,7 +35,7 @@ def limits_of(store: ExpertStore) -> Limits:
     return Limits(num_layers=store.manifest.num_moe_layers, num_experts=store.manifest.num_experts)
 
 
-def node_hello(store: ExpertStore, *, peer_id: str, slots: int) -> Hello:
+def node_hello(store: ExpertStore, *, peer_id: str, slots: int, load_us: int = 0) -> Hello:
     return Hello(
         role="node",
         peer_id=peer_id,
@@ -44,6 +44,7 @@ def node_hello(store: ExpertStore, *, peer_id: str, slots: int) -> Hello:
         store_digest=store.manifest.digest,
         slots=slots,
         budget_bytes=slots * store.manifest.record_bytes,
+        load_us=load_us,
     )
 
 
@@ -102,8 +103,11 @@ class LocalCluster:
     def predictor_endpoint(self) -> str:
         return f"ipc://{self.directory}/predictor"
 
-    def add_node(self, peer_id: str, *, slots: int, wrap: Wrap = lambda link: link) -> Node:
-        """Start a node agent; `wrap` may put a fault in front of its link to the server."""
+    def add_node(
+        self, peer_id: str, *, slots: int, wrap: Wrap = lambda link: link, link_gbps: float | None = None
+    ) -> Node:
+        """Start a node agent; `wrap` may put a fault in front of its link to the server. With `link_gbps` its device is
+        emulated."""
 
         def connect(endpoint: str, peer: str) -> Link:
             return DealerLink.connect(
@@ -117,7 +121,9 @@ class LocalCluster:
 
         agent = NodeAgent(
             node_hello(self.store, peer_id=peer_id, slots=slots),
-            bank=open_bank(self.store, num_slots=slots, device="cpu"),
+            bank=open_bank(
+                self.store, num_slots=slots, device="cpu" if link_gbps is None else "emulated", link_gbps=link_gbps
+            ),
             server=wrap(connect(self.server_endpoint, "server")),
             predictor=connect(self.predictor_endpoint, "predictor"),
         )
@@ -136,6 +142,7 @@ class LocalCluster:
                 self.server_endpoint, identity="predictor", peer="server", accept=FromServer, **link_options
             ),
             nodes=RouterLink.bind(self.predictor_endpoint, accept=FromNode, **link_options),
+            num_layers=self.store.manifest.num_moe_layers,
         )
         thread = threading.Thread(target=predictor.run, name="predictor", daemon=True)
         thread.start()
@@ -186,6 +193,7 @@ def local_cluster(
     slots: int = 1,
     predictor: bool = True,
     options: EngineOptions | None = None,
+    link_gbps: float | None = None,
 ) -> Iterator[LocalCluster]:
     """A cluster that is ready to serve; everything has ended when the block is left."""
     context = zmq.Context[zmq.Socket[bytes]]()
@@ -201,7 +209,7 @@ def local_cluster(
         if predictor:
             cluster.add_predictor()
         for number in range(nodes):
-            cluster.add_node(f"node{number}", slots=slots)
+            cluster.add_node(f"node{number}", slots=slots, link_gbps=link_gbps)
         cluster.await_health(lambda e: e.health().state == "ready" and _num_alive(e) == nodes)
         cluster.await_health(lambda e: e.health().predictor_alive == predictor)
         yield cluster

@@ -6,11 +6,15 @@ node's (`pause`). The same script gives the same run.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from odmoe_model.store import ExpertStore
 from odmoe_node.bank import open_bank
 from odmoe_node.driver import NodeAgent
 from odmoe_predictor.driver import Predictor
+from odmoe_predictor.rivals.base import Rival
 from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import FromNode, FromServer
 from odmoe_server.cluster.driver import ClusterDriver
@@ -59,14 +63,14 @@ class LoopbackCluster:
 
     # ------------------------------------------------------------------------------------------------- the roles
 
-    def add_node(self, peer_id: str, *, slots: int = 1, predictor: bool = False) -> NodeAgent:
-        """A node agent that computes where it is pumped."""
+    def add_node(self, peer_id: str, *, slots: int = 1, predictor: bool = False, load_us: int = 0) -> NodeAgent:
+        """A node agent that computes where it is pumped; `load_us` is what it says a load takes it."""
 
         def dealer(peer: str) -> Link:
             return self.network.dealer(peer_id, peer, accept=ToNode, limits=limits_of(self.store))
 
         agent = NodeAgent(
-            node_hello(self.store, peer_id=peer_id, slots=slots),
+            node_hello(self.store, peer_id=peer_id, slots=slots, load_us=load_us),
             bank=open_bank(self.store, num_slots=slots, device="cpu"),
             server=dealer("server"),
             predictor=dealer("predictor") if predictor else None,
@@ -77,15 +81,24 @@ class LoopbackCluster:
         self.roles[peer_id] = Paused(agent.pump)
         return agent
 
-    def add_predictor(self, *, wrap: Callable[[Link], Link] = lambda link: link, run_ahead: int = 0) -> Predictor:
-        """An int8 shadow that computes where it is pumped; `wrap` may put a fault in front of its links."""
+    def add_predictor(
+        self,
+        *,
+        wrap: Callable[[Link], Link] = lambda link: link,
+        run_ahead: int = 0,
+        rival: Rival | None = None,
+        **shadow: Any,
+    ) -> Predictor:
+        """A shadow, int8 unless `shadow` says otherwise, or a rival in its place, that computes where it is pumped;
+        `wrap` may put a fault in front of its links."""
         limits = limits_of(self.store)
         self._predictor_link = self.network.router("predictor", accept=FromNode, limits=limits)
         predictor = Predictor(
             predictor_hello(self.store),
-            Shadow.load(self.store),
+            Shadow.load(self.store, **shadow) if rival is None else rival,
             server=wrap(self.network.dealer("predictor", "server", accept=FromServer, limits=limits)),
             nodes=wrap(self._predictor_link),
+            num_layers=self.store.manifest.num_moe_layers,
             run_ahead=run_ahead,
             clock=self.network.clock,
         )
@@ -152,9 +165,15 @@ class LoopbackCluster:
     # ------------------------------------------------------------------------------------------------ generating
 
     def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, on_token: Callable[[int], None] = lambda count: None
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        on_token: Callable[[int], None] = lambda count: None,
+        on_logits: Callable[[torch.Tensor], None] = lambda logits_V: None,
     ) -> tuple[list[int], ExpertStats]:
-        """Greedy tokens, end tokens ignored; `on_token` hears how many there are after each."""
+        """Greedy tokens, end tokens ignored; `on_token` hears how many there are after each, `on_logits` what each is
+        chosen from."""
         self._sequence_id += 1
         request = GenerationRequest(
             request_id="test", prompt_ids=tuple(prompt_ids), max_tokens=max_tokens, sampling=Sampling(temperature=0.0)
@@ -166,12 +185,15 @@ class LoopbackCluster:
             end_ids=frozenset(),
             cache=self._loaded.new_cache(),
             sampler=Sampler(request.sampling),
-            fresh_ids=list(prompt_ids),
+            prefill_chunk=self._loaded.prefill_chunk,
         )
         generation.outbox.closed.set()
         tokens: list[int] = []
         while len(tokens) < max_tokens:
             (logits_V,) = self._loaded.stepper.step([generation])
+            if generation.is_prompt:
+                continue
+            on_logits(logits_V)
             generation.accept(generation.sampler.next_token(logits_V))
             tokens += generation.fresh_ids
             on_token(len(tokens))

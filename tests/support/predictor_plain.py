@@ -35,7 +35,8 @@ class PlainWeight:
 
 
 class FullModel:
-    """The full model of a store with its one sequence; `routings` are those of the newest step, layer by layer."""
+    """The full model of a store with its one sequence; `routings` are those of the newest step, layer by layer, and
+    `inputs` the rows the gates saw."""
 
     def __init__(self, store: ExpertStore) -> None:
         self._model: Any = load_skeleton(store, device="cpu")
@@ -43,6 +44,7 @@ class FullModel:
         seam.install(self._model, self._on_experts)
         self.cache = DynamicCache(config=self._model.config)
         self.routings: Routings = {}
+        self.inputs: dict[int, Tensor] = {}
         self.vocab_size: int = self._model.config.vocab_size
 
     @torch.inference_mode()
@@ -61,6 +63,7 @@ class FullModel:
         return int(self.cache.get_seq_length())
 
     def _on_experts(self, call: seam.ExpertsCall) -> Tensor:
+        self.inputs[call.layer] = call.x_TH.clone()
         self.routings[call.layer] = sorted(set(call.index_TK.flatten().tolist()))
         return self._experts(call)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from odmoe_model.store import ExpertStore
 from odmoe_model.tensors import to_blob
 from odmoe_predictor.driver import Predictor
 from odmoe_predictor.shadow import Shadow
@@ -16,6 +17,7 @@ from odmoe_wire.messages import (
     Hello,
     Member,
     Schedule,
+    Start,
     ToNode,
     ToServer,
     View,
@@ -31,7 +33,9 @@ LIMITS = Limits()
 class PredictorRig:
     """`server` and `nodes` are the scripted ends; `took` collects what each of them received."""
 
-    def __init__(self, shadow: Shadow, *, node_ids: Sequence[str] = (), run_ahead: int = 0) -> None:
+    def __init__(
+        self, shadow: Shadow, *, node_ids: Sequence[str] = (), run_ahead: int = 0, num_layers: int = 0
+    ) -> None:
         self.network = LoopbackNetwork()
         self.epoch = 5
         self.server = self._new_server()
@@ -40,6 +44,7 @@ class PredictorRig:
             shadow,
             server=self.network.dealer("predictor", "server", accept=FromServer, limits=LIMITS),
             nodes=self.network.router("predictor", accept=FromNode, limits=LIMITS),
+            num_layers=num_layers,
             run_ahead=run_ahead,
             clock=self.network.clock,
         )
@@ -83,6 +88,13 @@ class PredictorRig:
         for node_id in self.nodes:
             self.hello(node_id)
         self.pump()
+
+    def started(self, store: ExpertStore, prompt: list[int]) -> tuple[FullModel, int]:
+        """The full model after the prompt, and its next token; sequence 1 has begun."""
+        full = FullModel(store)
+        token = full.step(prompt)
+        self.say(Start(sequence=1))
+        return full, token
 
     def hello(self, node_id: str) -> None:
         """A node says hello to the predictor."""

@@ -48,7 +48,7 @@ SAMPLES: dict[type, tuple[m.AnyMessage, tuple[Blob, ...]]] = {
             ),
             (),
         ),
-        (m.Loaded(layer=1, expert=5, load_s=0.5, load_bytes=1024, on_demand=True), ()),
+        (m.Loaded(layer=1, expert=5, load_s=0.5, load_bytes=1024, on_demand=True, ago_s=0.25), ()),
         (m.LoadFailed(layer=1, expert=5, reason="no memory"), ()),
         (
             m.Result(request_id=3, layer=1, timings=[m.ExpertTiming(5, "late", 0.5, 0.25)]),

@@ -30,6 +30,22 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "usage" in (result.output + capsys.readouterr().out).lower()
 
 
+def test_train_predictor_is_the_predictors_own_program(tmp_path: Path) -> None:
+    """It takes the place of the process, so that signals and statuses are its own."""
+    command = [sys.executable, "-m", "odmoe_server", "train-predictor"]
+    asked = subprocess.run([*command, "--help"], check=False, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0
+    assert "usage: odmoe train-predictor" in asked.stdout
+    for flag in ("TRACE", "--out", "--look-ahead"):
+        assert flag in asked.stdout
+    missing = [*command, "no-such", "--out", "w"]
+    failed = subprocess.run(missing, check=False, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 1
+    assert "odmoe train-predictor: " in failed.stderr
+    assert "no-such" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
 def test_version() -> None:
     result = RUNNER.invoke(cli.app, ["--version"])
     assert result.exit_code == 0

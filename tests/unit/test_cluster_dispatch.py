@@ -1,6 +1,7 @@
 """Who computes what: forecasts used, wrong forecasts released, late and lost requests sent again. Pure, no sleep."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytest
 
@@ -77,14 +78,18 @@ def cluster() -> ClusterState:
 
 
 def call(
-    call_id: int = 1, *, layer: int = 0, counts: Mapping[int, int], position: int = 5, length: int = 1
+    call_id: int = 1, *, layer: int = 0, counts: Mapping[int, int], position: int = 5, length: int = 1, **more: Any
 ) -> CallRequested:
     spans = (Span(7, position, length),)
-    return CallRequested(call=LayerCall(call_id=call_id, spans=spans, layer=layer, counts=counts))
+    return CallRequested(call=LayerCall(call_id=call_id, spans=spans, layer=layer, counts=counts, **more))
 
 
 def computes(actions: Iterable[Action]) -> dict[str, list[int]]:
-    return {a.peer_id: a.message.experts for a in actions if isinstance(a, SendCompute)}
+    """What each node is to compute, in however many messages."""
+    by_node: dict[str, list[int]] = {}
+    for action in only(actions):
+        by_node.setdefault(action.peer_id, []).extend(action.message.experts)
+    return by_node
 
 
 def messages_to(actions: Iterable[Action], kind: type) -> list[str]:
@@ -104,24 +109,26 @@ def only(actions: Iterable[Action], kind: type[SendCompute] = SendCompute) -> li
 class TestAssign:
     def test_a_right_forecast_is_computed_where_it_was_loaded(self) -> None:
         wanted = LayerCall(call_id=1, spans=(Span(7, 5),), layer=1, counts={3: 1, 6: 1})
-        assert assign(wanted, frozenset({3, 6}), MEMBERS, 2) == place(1, {3, 6}, MEMBERS, 2)
+        assert assign(wanted, frozenset({3, 6}), MEMBERS, CONFIG) == place(1, {3, 6}, MEMBERS, 2)
 
     def test_only_the_wrong_expert_moves_and_it_goes_to_the_worker_whose_forecast_was_wrong(self) -> None:
         forecast = place(0, {3, 6}, MEMBERS, 2)
         got = assign(
-            LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1, 0: 1}), frozenset({3, 6}), MEMBERS, 2
+            LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1, 0: 1}), frozenset({3, 6}), MEMBERS, CONFIG
         )
         assert got == {3: forecast[3], 0: forecast[6]}
 
     def test_without_a_forecast_a_token_stays_in_its_group_and_a_prompt_is_dealt_round_all(self) -> None:
         token = LayerCall(call_id=1, spans=(Span(7, 5),), layer=1, counts={3: 1, 6: 1})
-        prompt = LayerCall(call_id=1, spans=(Span(7, 0, 9),), layer=1, counts=dict.fromkeys(range(8), 2))
-        assert set(assign(token, frozenset(), MEMBERS, 2).values()) == {"n2", "n3"}
-        dealt = list(assign(prompt, frozenset(), MEMBERS, 2).values())
+        prompt = LayerCall(
+            call_id=1, spans=(Span(7, 0, 9),), layer=1, counts=dict.fromkeys(range(8), 2), is_prompt=True
+        )
+        assert set(assign(token, frozenset(), MEMBERS, CONFIG).values()) == {"n2", "n3"}
+        dealt = list(assign(prompt, frozenset(), MEMBERS, CONFIG).values())
         assert {node_id: dealt.count(node_id) for node_id in NODES} == dict.fromkeys(NODES, 2)
 
     def test_nobody_there(self) -> None:
-        assert assign(LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1}), frozenset(), [], 2) == {}
+        assert assign(LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1}), frozenset(), [], CONFIG) == {}
 
 
 def test_a_call_is_done_when_all_its_experts_came(cluster: ClusterState) -> None:
@@ -318,10 +325,12 @@ class TestLoadAhead:
         return {a.peer_id: a.message.experts for a in sends}  # type: ignore[union-attr]
 
     def test_a_long_prompt_loads_the_next_layer_where_it_will_be_computed(self, cluster: ClusterState) -> None:
-        actions = cluster.handle(call(counts=dict.fromkeys(range(8), 4), position=0, length=16), 1.0)
+        actions = cluster.handle(call(counts=dict.fromkeys(range(8), 4), position=0, length=16, is_prompt=True), 1.0)
         ahead = self.loads(actions)
         assert sorted(expert for experts in ahead.values() for expert in experts) == list(range(8))
-        following = cluster.handle(call(2, layer=1, counts=dict.fromkeys((0, 3, 5, 6), 4), position=0, length=16), 1.1)
+        following = cluster.handle(
+            call(2, layer=1, counts=dict.fromkeys((0, 3, 5, 6), 4), position=0, length=16, is_prompt=True), 1.1
+        )
         for node_id, experts in computes(following).items():
             assert set(experts) <= set(ahead[node_id])
 
@@ -329,8 +338,8 @@ class TestLoadAhead:
         "request_",
         [
             call(counts={1: 1, 4: 1}),
-            call(counts=dict.fromkeys(range(3), 1), position=0, length=2),
-            call(counts=dict.fromkeys(range(8), 4), layer=3, position=0, length=16),
+            call(counts=dict.fromkeys(range(3), 1), position=0, length=2, is_prompt=True),
+            call(counts=dict.fromkeys(range(8), 4), layer=3, position=0, length=16, is_prompt=True),
         ],
         ids=["a decode step", "a short prompt", "the last layer"],
     )

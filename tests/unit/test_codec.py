@@ -103,6 +103,7 @@ def test_values_that_make_no_sense_with_rows(message: m.AnyMessage, problem: str
         (m.Schedule(span=SPAN, layer=1, experts=[1, 1]), "repeated"),
         (m.Load(spans=[SPAN], layer=9, experts=[1]), "layer 9"),
         (m.Loaded(layer=0, expert=1, load_s=-1.0, load_bytes=1, on_demand=False), "load_s"),
+        (m.Loaded(layer=0, expert=1, load_s=1.0, load_bytes=1, on_demand=False, ago_s=-1.0), "ago_s"),
         (m.LoadFailed(layer=0, expert=8, reason=""), "expert 8"),
         (m.Rollback(sequence=1, position=1 << 31), "position"),
         (m.Cancel(sequence=-1), "sequence -1"),

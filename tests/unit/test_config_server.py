@@ -52,6 +52,10 @@ def test_names_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--log-level", "loud"],
         ["--align-token", "3"],
         ["--align-kv", "0"],
+        ["--prefill-chunk", "15"],
+        ["--prefill-chunk", "16385"],
+        ["--prompt-kv", "none"],
+        ["--slot-mode", "cache"],
     ],
 )
 def test_bad_values_name_the_flag(kind: Either, argv: list[str]) -> None:
@@ -69,6 +73,14 @@ def test_bad_values_name_the_flag(kind: Either, argv: list[str]) -> None:
 )
 def test_alignment_periods_reach_the_engine(argv: list[str], periods: Periods) -> None:
     assert engine_options(load(ServerSettings, argv, prog="x")).periods == periods
+
+
+def test_prefill_and_slots_reach_the_engine() -> None:
+    options = engine_options(load(ServerSettings, [], prog="x"))
+    assert (options.prefill_chunk, options.periods.prompt, options.slot_mode) == (512, "full", "on-demand")
+    argv = ["--prefill-chunk", "64", "--prompt-kv", "own", "--slot-mode", "lru"]
+    options = engine_options(load(ServerSettings, argv, prog="x"))
+    assert (options.prefill_chunk, options.periods.prompt, options.slot_mode) == (64, "own", "lru")
 
 
 @BOTH

@@ -36,11 +36,13 @@ class ScriptedStepper:
 
     gate: threading.Event = field(default_factory=threading.Event)
     order: list[int] = field(default_factory=list)
+    took: list[list[int]] = field(default_factory=list)
 
     def step(self, batch: Any) -> list[torch.Tensor]:
         assert self.gate.wait(WAIT_S)
         (sequence,) = batch
         self.order.append(sequence.sequence_id)
+        self.took.append(sequence.fresh_ids)
         script = [*sequence.request.prompt_ids, END_ID]
         token = script[min(sequence.completion_tokens, len(script) - 1)]
         if token == 13:
@@ -79,13 +81,20 @@ class Running:
 
 
 @contextmanager
-def running(*, max_queued: int = 4, load: Callable[[], Loaded] | None = None) -> Iterator[Running]:
+def running(
+    *, max_queued: int = 4, load: Callable[[], Loaded] | None = None, prefill_chunk: int | None = None
+) -> Iterator[Running]:
     stepper, cluster, loaded = ScriptedStepper(), FakeCluster(), threading.Event()
     stepper.gate.set()
 
     def load_scripted() -> Loaded:
         assert loaded.wait(WAIT_S)
-        return Loaded(stepper=stepper, new_cache=lambda: None, total=Tally())  # type: ignore[arg-type, return-value]
+        return Loaded(
+            stepper=stepper,  # type: ignore[arg-type]
+            new_cache=lambda: None,  # type: ignore[arg-type, return-value]
+            total=Tally(),
+            prefill_chunk=prefill_chunk,
+        )
 
     limits = EngineLimits(context_length=64, end_ids=frozenset({END_ID}), max_queued=max_queued)
     loop = DecodeLoop(cluster=cluster, limits=limits, load=load or load_scripted)  # type: ignore[arg-type]
@@ -187,6 +196,35 @@ def test_a_consumer_that_goes_away_ends_its_sequence_within_a_step() -> None:
         assert r.loop.health().running == 0
 
     serve(scenario)
+
+
+def test_a_long_prompt_goes_in_chunks_and_only_the_last_one_gives_a_token() -> None:
+    async def scenario(r: Running) -> None:
+        tokens, finished = await collect(r.loop.generate(request(5, 6, 7, 8, 9, max_tokens=3)))
+        assert tokens == [5, 6, 7]
+        assert r.stepper.took == [[5, 6], [7, 8], [9], [5], [6]]
+        assert finished is not None
+        assert (finished.prompt_tokens, finished.completion_tokens) == (5, 3)
+        health = r.loop.health()
+        assert (health.prompt_tokens_total, health.generation_tokens_total) == (5, 3)
+
+    serve(scenario, prefill_chunk=2)
+
+
+def test_a_consumer_that_goes_away_is_noticed_between_chunks() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        generator = r.loop.generate(request(*([5] * 30)))
+        waiting = asyncio.ensure_future(anext(generator))
+        await until(lambda: r.loop.health().running == 1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        r.stepper.gate.set()
+        await until(lambda: r.cluster.ended == [1])
+        assert len(r.stepper.took) <= 1
+        assert r.loop.health().generation_tokens_total == 0
+
+    serve(scenario, prefill_chunk=2)
 
 
 def test_a_cluster_failure_fails_the_request_and_the_next_one_is_served() -> None:

@@ -1,12 +1,15 @@
 """Slots' memory: the bytes that move are the store's, and there are as many as were allowed."""
 
+import logging
+
 import pytest
 import torch
 
 from odmoe_model.experts import ExpertMaths
 from odmoe_model.store import ExpertStore
-from odmoe_node.bank import CpuBank, SlotBank, open_bank, slots_within
+from odmoe_node.bank import CpuBank, CudaBank, SlotBank, open_bank, slots_within
 from odmoe_node.pages import page_forgetter
+from odmoe_node.stopping import BrokenOffError
 from support.stores import tiny_store
 
 
@@ -47,10 +50,17 @@ def test_forgotten_pages_are_read_again(store: ExpertStore) -> None:
     assert torch.equal(record_B, before)
 
 
-def test_slots_fit_the_budget_or_the_need_is_named() -> None:
+def test_slots_fit_the_budget_and_below_one_expert_there_is_one_for_slices() -> None:
     assert slots_within(10_000_000, record_bytes=3_000_000) == 3
-    with pytest.raises(ValueError, match=r"one takes 10000001 bytes; give at least --memory-mb 11"):
-        slots_within(10_000_000, record_bytes=10_000_001)
+    assert slots_within(10_000_000, record_bytes=10_000_000) == 1
+    assert slots_within(10_000_000, record_bytes=10_000_001) == 1
+
+
+def test_a_bank_says_at_the_start_what_it_is(store: ExpertStore, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="odmoe_node")
+    bank = open_bank(store, num_slots=40, device="cpu")
+    assert caplog.messages == [f"slots: 40, {bank.arena_bytes / 1e6:.1f} MB together, device cpu"]
+    assert bank.arena_bytes == 40 * bank.slot_bytes == 40 * store.manifest.record_bytes
 
 
 def test_more_than_there_is_memory_for_is_refused(store: ExpertStore) -> None:
@@ -58,12 +68,50 @@ def test_more_than_there_is_memory_for_is_refused(store: ExpertStore) -> None:
         open_bank(store, num_slots=1 << 40, device="cpu")
 
 
+class StopAfter:
+    """A flag that is set once it was looked at `looks` times."""
+
+    def __init__(self, looks: int) -> None:
+        self._looks = looks
+
+    def is_set(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+    def wait(self, timeout: float) -> bool:
+        raise AssertionError("a bank that copies does not sleep")
+
+
+def check_stopping(bank: CpuBank | CudaBank, store: ExpertStore) -> None:
+    """A load stops at the next chunk, and another one into the same slot is as if it had not been."""
+    bank.CHUNK_BYTES = bank.record_bytes // 4 + 1
+    bank.load(0, 1, 0)
+    with pytest.raises(BrokenOffError):
+        bank.load(0, 2, 5, stop=StopAfter(2))
+    arrived_B = bank._slots_B[0].cpu() == store.record(2, 5)
+    assert arrived_B[: 2 * bank.CHUNK_BYTES].all(), "two chunks had been copied"
+    assert not arrived_B[2 * bank.CHUNK_BYTES :].all()
+    assert bank.load(0, 0, 1, stop=StopAfter(4)) > 0
+    assert torch.equal(bank._slots_B[0].cpu(), store.record(0, 1))
+
+
+def test_a_load_that_is_told_to_stop_stops_at_the_next_chunk(store: ExpertStore) -> None:
+    forgotten: list[int] = []
+    bank = CpuBank(store, num_slots=1, forget=lambda mapped_B: forgotten.append(mapped_B.data_ptr()))
+    check_stopping(bank, store)
+    assert forgotten[1] == store.record(2, 5).data_ptr(), "the pages read in vain are given back too"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_load_to_cuda_that_is_told_to_stop_stops_at_the_next_chunk(store: ExpertStore) -> None:
+    CudaBank.CHUNK_BYTES, before = store.manifest.record_bytes // 4 + 1, CudaBank.CHUNK_BYTES
+    try:
+        check_stopping(CudaBank(store, num_slots=1, forget=lambda mapped_B: None), store)
+    finally:
+        CudaBank.CHUNK_BYTES = before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_cuda_is_refused_where_there_is_none(store: ExpertStore) -> None:
     with pytest.raises(ValueError, match="--device cpu"):
         open_bank(store, num_slots=1, device="cuda")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_slot_on_cuda_computes_what_was_loaded_into_it(store: ExpertStore) -> None:
-    check_bank(open_bank(store, num_slots=2, device="cuda"), store, exact=False)

@@ -1,5 +1,7 @@
 """The emulated device: loads take a link's time one after another, move no bytes, and are accounted as if they did."""
 
+import threading
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +14,7 @@ from odmoe_node import bank_emulated
 from odmoe_node.bank import Device, open_bank
 from odmoe_node.bank_emulated import EmulatedBank, LinkTime, available_bytes
 from odmoe_node.config import NodeSettings
+from odmoe_node.stopping import BrokenOffError, Stop
 from odmoe_server.config import ServeSettings
 from odmoe_wire.settings import SettingsError, load
 from support.stores import tiny_store
@@ -28,12 +31,13 @@ class Watch:
     def read(self) -> float:
         return self.now
 
-    def pass_time(self, seconds: float) -> None:
+    def pass_time(self, stop: Stop, seconds: float) -> bool:
         if self._early:
             self._early -= 1
             self.now += seconds / 2
         else:
             self.now += seconds + self._late_s
+        return stop.is_set()
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,48 @@ def test_transfers_queue_on_the_link() -> None:
     assert link.end_s(50, now=10.0) == 10.5
     assert link.end_s(100, now=10.25) == 11.5, "begins when the first has ended"
     assert link.end_s(100, now=20.0) == 21.0, "an idle link saves nothing up"
+
+
+def test_a_link_is_free_when_its_transfer_is_broken_off() -> None:
+    link = LinkTime(bytes_per_s=100.0)
+    link.end_s(100, now=10.0)
+    link.break_off(10.25)
+    assert link.end_s(100, now=10.25) == 11.25
+    link.break_off(20.0)
+    assert link.end_s(100, now=11.0) == 12.25, "a link that was idle is not busy for having been stopped"
+
+
+def test_a_load_that_is_told_to_stop_leaves_an_empty_slot_and_a_free_link(store: ExpertStore) -> None:
+    stop = threading.Event()
+
+    class Stopping(Watch):
+        def pass_time(self, stop: Stop, seconds: float) -> bool:
+            if seconds == pytest.approx(0.5) and not told:
+                told.append(seconds)
+                self.now += 0.125
+                return True
+            return super().pass_time(stop, seconds)
+
+    told: list[float] = []
+    watch = Stopping()
+    bank = bank_on(store, watch)
+    with pytest.raises(BrokenOffError):
+        bank.load(0, 0, 0, stop=stop)
+    with pytest.raises(AssertionError, match="slot 0 holds nothing"):
+        bank.rows(0, torch.zeros(1, 64))
+    assert bank.load(0, 0, 1) == pytest.approx(0.5), "it does not wait for the rest of the former"
+    assert watch.now == pytest.approx(100.625)
+
+
+def test_a_sleeping_load_hears_at_once_that_it_is_to_stop(store: ExpertStore) -> None:
+    """On the real clock: the transfer would take a minute."""
+    bank = EmulatedBank(store, num_slots=1, bytes_per_s=store.manifest.record_bytes / 60)
+    stop = threading.Event()
+    threading.Timer(0.01, stop.set).start()
+    began_s = time.monotonic()
+    with pytest.raises(BrokenOffError):
+        bank.load(0, 0, 0, stop=stop)
+    assert time.monotonic() - began_s < 30
 
 
 def test_a_load_takes_bytes_over_speed(store: ExpertStore) -> None:
@@ -90,9 +136,9 @@ def test_nothing_can_be_computed_before_the_link_has_brought_it(store: ExpertSto
     seen: list[object] = []
 
     class Spying(Watch):
-        def pass_time(self, seconds: float) -> None:
+        def pass_time(self, stop: Stop, seconds: float) -> bool:
             seen.append(bank._slots[0])
-            super().pass_time(seconds)
+            return super().pass_time(stop, seconds)
 
     bank = bank_on(store, Spying())
     with pytest.raises(AssertionError, match="slot 0 holds nothing"):

@@ -148,11 +148,12 @@ def test_wants_not_begun_are_cancelled_without_cost() -> None:
     assert node.state.counters.loads_unused == 1
 
 
-def test_an_unwanted_load_in_flight_is_not_aborted_but_freed_when_it_ends() -> None:
+def test_an_unwanted_load_in_flight_goes_on_while_nothing_else_waits_and_is_freed_when_it_ends() -> None:
     node = NodeRig(num_slots=1)
     node.forecast(0, [0])
     node.release(0)
     assert node.held == {(0, 0)}
+    assert node.stopping == set()
     node.end_load()
     assert node.held == set()
     assert node.told == [], "it did not come to rest"
@@ -273,15 +274,6 @@ def test_a_need_takes_the_slot_of_a_certain_load_only_when_no_forecast_is_there(
     assert node.held == {(1, 6), (1, 5)}
     node.finish()
     assert node.held == {(3, 0), (2, 0)}
-
-
-def test_a_need_waits_for_a_load_in_flight_rather_than_abort_it() -> None:
-    node = NodeRig(num_slots=1)
-    node.forecast(3, [0])
-    node.compute(1, [5])
-    assert node.load_keys == [(3, 0)]
-    node.end_load()
-    assert node.load_keys == [(1, 5)]
 
 
 def test_certain_loads_outlive_computes_that_do_not_name_them() -> None:

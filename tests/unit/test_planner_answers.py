@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from odmoe_server import cli
 from odmoe_server.planner import memory, paper, prefill, search, shape
-from odmoe_server.planner.answer import Question, speed
+from odmoe_server.planner.answer import Question, first_token_s, shadow_begins_s, speed
 from odmoe_server.planner.command import question_of
-from odmoe_server.planner.machines import Node
+from odmoe_server.planner.machines import Network, Node, times
 from odmoe_server.planner.question import PlanSettings
 from support.stores import tiny_store
 
@@ -69,6 +69,10 @@ def test_memory_counts_slots_weights_and_the_shadow() -> None:
     # Three groups share 32 layers, so one has 11.
     assert needed.store_read_decoding_bytes == 11 * 8 * MIXTRAL.expert_bytes
     assert memory.of(MIXTRAL, machines, context_tokens=10, shadow=False).shadow_bytes == 0
+    # A group that loads three times as fast as the only other one serves 24 of 32 layers.
+    unlike = replace(machines, nodes=tuple(Node(slots=1, link_gb_per_s=speed) for speed in (3, 3, 1, 1)))
+    read_bytes = memory.of(MIXTRAL, unlike, context_tokens=10).store_read_decoding_bytes
+    assert read_bytes == 24 * 8 * MIXTRAL.expert_bytes
 
 
 def test_a_prompt_needs_nearly_every_expert() -> None:
@@ -82,11 +86,38 @@ def test_first_token_adds_up_layer_by_layer() -> None:
     talk_s = 100 * (2 + 2) * 4096 * 2 * 8 / 1e9 + 2 * 0.1e-3
     plain_s = 32 * (1 + talk_s + 2 * (load_s + 2))
     assert prefill.prefill_s(MIXTRAL, machines, prompt_tokens=100, overlap=False) == pytest.approx(plain_s)
-    overlapped_s = load_s + 32 * (1 + talk_s + 2 + load_s + 2)
-    assert prefill.prefill_s(MIXTRAL, machines, prompt_tokens=100, overlap=True) == pytest.approx(overlapped_s)
+    # With loads ahead, nodes get their rows one after the other: what is left of the talk is one row out and all back.
+    overlapped_s = prefill.prefill_s(MIXTRAL, machines, prompt_tokens=100, overlap=True)
+    assert overlapped_s == pytest.approx(load_s + 32 * (1 + 2 + load_s + 2), rel=0.02)
     two_slots = replace(machines, nodes=(Node(slots=2, link_gb_per_s=1),) * 4)
-    hidden_s = load_s + 32 * (1 + talk_s + 2 * 2)
-    assert prefill.prefill_s(MIXTRAL, two_slots, prompt_tokens=100, overlap=True) == pytest.approx(hidden_s)
+    hidden_s = prefill.prefill_s(MIXTRAL, two_slots, prompt_tokens=100, overlap=True)
+    assert hidden_s == pytest.approx(load_s + 32 * (1 + 2 * 2), rel=0.02)
+    assert hidden_s < overlapped_s < plain_s
+
+
+def test_phases_on_a_core_that_all_share() -> None:
+    machines = replace(
+        paper.UNFITTED,
+        main_s=1.0,
+        expert_s=2.0,
+        nodes=(Node(slots=1, link_gb_per_s=1),) * 4,
+        shared_core=True,
+        network=Network(latency_s=0.0, gbit_per_s=1e9, overhead_s=0.5),
+    )
+    load_s = MIXTRAL.expert_bytes / 1e9
+    plain_s = 32 * (1 + 2 * 4 * 0.5 + 2 * load_s + 8 * 2)
+    assert prefill.prefill_s(MIXTRAL, machines, prompt_tokens=100, overlap=False) == pytest.approx(plain_s)
+
+
+def test_the_shadow_gets_the_prompts_keys_and_values_or_makes_them() -> None:
+    """Sent, they take 128 tokens' bytes on the wire; made by a shadow that is as fast as the first token, nothing."""
+    sent, made = (question(prompt_kv=whose) for whose in ("full", "own"))
+    steps = times(sent.shape, sent.machines)
+    assert shadow_begins_s(sent, steps) == pytest.approx(0.1e-3 + 128 * sent.shape.kv_bytes_per_token * 8 / 1e9)
+    assert shadow_begins_s(made, steps) == 0.0
+    slow = question(prompt_kv="own", shadow_ms=1000.0)
+    assert shadow_begins_s(slow, steps) == pytest.approx(32 - first_token_s(slow))
+    assert speed(sent) < speed(made)
 
 
 def test_the_search_finds_the_fewest_nodes() -> None:
@@ -188,6 +219,16 @@ def test_nodes_may_differ() -> None:
     assert "28.2 ms" in result.stdout
 
 
+def test_one_core_for_all_and_messages_cost_speed() -> None:
+    plain, shared, talking = (
+        speed(question(**options)) for options in ({}, {"shared_core": True}, {"message_ms": 2.0})
+    )
+    assert shared < plain
+    assert talking < plain
+    result = RUNNER.invoke(cli.app, ["plan", *QUICK, "--shared-core", "--message-ms", "0.5"])
+    assert result.exit_code == 0
+
+
 def test_a_store_can_be_asked_about(tmp_path: Path) -> None:
     store = tiny_store("mixtral", tmp_path)
     result = RUNNER.invoke(cli.app, ["plan", *QUICK, "--model", str(store)])
@@ -199,6 +240,10 @@ def test_a_store_can_be_asked_about(tmp_path: Path) -> None:
     ("argv", "status", "says"),
     [
         (["--paper", "--nodes", "4"], 2, "--paper takes nothing else, not --nodes"),
+        (["--bench", "x.json", "--nodes", "4"], 2, "--bench takes nothing else, not --nodes"),
+        (["--bench", "no-such.json"], 1, "no-such.json cannot be read"),
+        (["--predictor", "none", "--prompt-kv", "own"], 2, "--prompt-kv says nothing without --predictor shadow"),
+        (["--prefill-chunk", "0"], 2, "--prefill-chunk"),
         (["--model", "x", "--weight-bits", "8"], 2, "leave out --shape"),
         (["--model", "no-such"], 1, "not an expert store"),
         (["--shape", "no-such"], 1, "there is no shape 'no-such'"),

@@ -121,10 +121,11 @@ def test_wrong_forecasts_are_loaded_anew() -> None:
     assert last_token_s(decoded) == pytest.approx(LAYERS * 13.5)
 
 
-def test_a_wrong_load_that_has_begun_holds_the_link() -> None:
-    """One node: the wrong load begins when it is free, 2 before the gate, and the right one follows it."""
+def test_a_wrong_load_that_has_begun_is_broken_off() -> None:
+    """One node: the wrong load begins when it is free, 2 before the gate, and the right one takes its place."""
     decoded = run(machines(1, group_size=1), steps(1), WRONG, top_k=1)
-    assert last_token_s(decoded) == pytest.approx(LAYERS * (10 + 10 + 1.5))
+    assert last_token_s(decoded) == pytest.approx(LAYERS * (2 + 10 + 1.5))
+    assert decoded.broken_off == 4 * LAYERS
 
 
 def test_a_shadow_that_is_ahead_knows_no_bounds_of_tokens() -> None:

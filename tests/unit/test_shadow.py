@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from odmoe_model.kvcache import CacheError, export_cache
+from odmoe_model.kvcache import CacheError, export_cache, truncate_cache
 from odmoe_model.quantize import Int8Weight, Quantizer
 from odmoe_model.store import ExpertStore
 from odmoe_predictor.shadow import Aligned, SequenceError, Shadow
@@ -138,14 +138,13 @@ def test_skipped_tokens_without_rows_are_fed_with_the_next(store: ExpertStore, s
     assert routings == full.routings
 
 
-def test_rollback_forgets_what_came_after(store: ExpertStore, shadow: Shadow) -> None:
+def test_other_tokens_take_the_place_of_what_came_after(store: ExpertStore, shadow: Shadow) -> None:
     shadow.align(SEQUENCE, position=0, tokens=PROMPT)
     forecast(shadow)
     shadow.align(SEQUENCE, position=len(PROMPT), tokens=[1, 2, 3, 4])
     forecast(shadow)
-    shadow.rollback(SEQUENCE, position=len(PROMPT) + 1)
-    assert shadow.length(SEQUENCE) == len(PROMPT) + 1
     shadow.align(SEQUENCE, position=len(PROMPT) + 1, tokens=[50])
+    assert shadow.length(SEQUENCE) == len(PROMPT) + 1
     routings = forecast(shadow)
     full = FullModel(store)
     full.step([*PROMPT, 1])
@@ -226,7 +225,7 @@ def test_rows_of_the_full_model_go_underneath_what_was_forecast_ahead(family_sto
     full.step([token])
     assert align(shadow, full, guess) == "known"
     assert shadow.length(SEQUENCE) == full.length + 2
-    shadow.rollback(SEQUENCE, position=full.length)
+    truncate_cache(shadow._sequences[SEQUENCE].cache, length=full.length)
     _, own = export_cache(shadow._sequences[SEQUENCE].cache, rows=full.length)
     _, theirs = full.export(full.length)
     # Of int8 not a bit would be the same.

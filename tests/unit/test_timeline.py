@@ -45,8 +45,8 @@ def result(at_s: float, *timings: ExpertTiming, request_id: int = 1, peer_id: st
     return Heard(at_s, peer_id, Result(request_id=request_id, layer=0, timings=list(timings)))
 
 
-def loaded(at_s: float, expert: int, load_s: float) -> Heard:
-    message = Loaded(layer=0, expert=expert, load_s=load_s, load_bytes=100, on_demand=False)
+def loaded(at_s: float, expert: int, load_s: float, *, ago_s: float = 0.0) -> Heard:
+    message = Loaded(layer=0, expert=expert, load_s=load_s, load_bytes=100, on_demand=False, ago_s=ago_s)
     return Heard(at_s, "a", message)
 
 
@@ -90,6 +90,13 @@ def test_a_load_is_drawn_backwards_from_its_arrival() -> None:
     slices = drawn(loaded(2.0, 3, 0.25), loaded(2.125, 4, 0.25))
     assert on(slices, "node a", "load") == [("L0 E3", 1750, 2000), ("L0 E4", 2000, 2125)]
     assert [s.args.get("cut_ms") for s in slices] == [None, 125.0], "what was cut says so"
+
+
+def test_a_load_told_of_behind_its_answer_is_drawn_where_it_was() -> None:
+    hit = ExpertTiming(3, "hit", 0.0, 0.02)
+    slices = drawn(told(1.0), result(1.1, hit), loaded(1.1, 3, 0.25, ago_s=0.5))
+    assert on(slices, "node a", "load") == [("L0 E3", 350, 600)]
+    assert on(slices, "node a", "compute")[0][1] > 600
 
 
 def test_results_nobody_waits_for_are_not_drawn() -> None:

@@ -3,17 +3,12 @@
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from odmoe_server.moe.trace import (
-    Routed,
-    Routing,
-    TraceError,
-    TraceFile,
-    TraceHeader,
-    TraceReader,
-)
+from odmoe_model.trace import MAX_LINE_BYTES, Routing, TraceError, TraceHeader, TraceReader
+from odmoe_server.moe.trace import RoutedCall, TraceFile
 from odmoe_server.recording import Recorder
 from odmoe_wire.messages import Span
 
@@ -29,13 +24,13 @@ HEADER = TraceHeader(
 )
 
 
-def routed(position: int, layer: int, *, length: int = 1, forecast: frozenset[int] = frozenset({1, 5})) -> Routed:
+def routed(position: int, layer: int, *, length: int = 1, forecast: frozenset[int] = frozenset({1, 5})) -> RoutedCall:
     index_TK = torch.tensor([[5, 1]] * length)
     weight_TK = torch.tensor([[0.6999999, 0.3]] * length)
-    return Routed((Span(3, position, length),), layer, index_TK, weight_TK, forecast)
+    return RoutedCall((Span(3, position, length),), layer, index_TK, weight_TK, forecast)
 
 
-def write(path: Path, *calls: Routed, dropped: int = 0, header: TraceHeader = HEADER) -> Path:
+def write(path: Path, *calls: RoutedCall, dropped: int = 0, header: TraceHeader = HEADER) -> Path:
     with closing(TraceFile(path, header)) as file:
         file.write(calls, dropped)
     return path
@@ -61,7 +56,7 @@ def test_a_line_is_compact_and_the_header_names_its_fields(tmp_path: Path) -> No
 
 def test_half_precision_weights(tmp_path: Path) -> None:
     call = routed(40, 0)
-    halved = Routed(call.spans, 0, call.index_TK, torch.tensor([[0.75, 0.25]], dtype=torch.bfloat16), call.forecast)
+    halved = RoutedCall(call.spans, 0, call.index_TK, torch.tensor([[0.75, 0.25]], dtype=torch.bfloat16), call.forecast)
     (routing,) = TraceReader.open(write(tmp_path / "t", halved))
     assert routing.weights == [[0.75, 0.25]]
 
@@ -109,6 +104,8 @@ def test_a_full_trace_makes_room(tmp_path: Path) -> None:
         "[[[3,40,1]],0,[[5,1]],[[0.7,0.3]],[-1]]",
         "[[[3,40,1]],0,[[5]],[[0.7]],null]",
         "[[[3,40,2]],0,[[5,1]],[[0.7,0.3]],null]",
+        "[[[3,40,2],[3,42,-1]],0,[[5,1]],[[0.7,0.3]],null]",
+        "[[[3,-1,1]],0,[[5,1]],[[0.7,0.3]],null]",
         "[[[3,40,1]],0,[[5,1]]]",
         '{"other":1}',
         "nonsense",
@@ -128,6 +125,23 @@ def test_files_that_are_no_trace(tmp_path: Path, first: str) -> None:
         TraceReader.open(tmp_path / "t")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_layers", 0), ("num_layers", 1 << 40), ("num_experts", 1 << 40), ("top_k", 9)]
+)
+def test_a_trace_of_an_impossible_model(tmp_path: Path, field: str, value: int) -> None:
+    path = tmp_path / "t"
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(HEADER, **{field: value})) + b"\n")
+    with pytest.raises(TraceError, match="no model there can be"):
+        TraceReader.open(path)
+
+
+def test_a_line_without_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "t", routed(40, 0))
+    path.write_bytes(path.read_bytes() + b" " * (MAX_LINE_BYTES + 1) + b"\n")
+    with pytest.raises(TraceError, match="line 3: it is too long"):
+        list(TraceReader.open(path))
+
+
 def test_a_trace_of_another_version(tmp_path: Path) -> None:
     path = write(tmp_path / "t")
     path.write_text(path.read_text().replace('"odmoe_trace":1', '"odmoe_trace":2'))
@@ -139,7 +153,7 @@ def test_recording_touches_no_tensor_where_the_model_runs(tmp_path: Path) -> Non
     """On a GPU, reading one would wait for it: the recorder does so when it writes."""
     file = TraceFile(tmp_path / "t", HEADER)
     recorder = Recorder(file, name="the trace")
-    recorder.put(Routed((Span(3, 40),), 0, torch.empty(1, 2, device="meta"), torch.empty(1, 2), frozenset()))
+    recorder.put(RoutedCall((Span(3, 40),), 0, torch.empty(1, 2, device="meta"), torch.empty(1, 2), frozenset()))
     recorder.put(routed(40, 1))
     assert len((tmp_path / "t").read_text().splitlines()) == 1
     file.close()

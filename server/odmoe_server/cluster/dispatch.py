@@ -5,18 +5,21 @@ is late or whose node is lost is sent to another node as well; the first answer 
 it does not matter who computes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from odmoe_server.cluster.events import Action, CallFailed, LayerCall, PartDone, Send, SendCompute
 from odmoe_server.cluster.peers import ClusterConfig
-from odmoe_wire.messages import Compute, Load, Member, Release, Result, Schedule, Span
+from odmoe_server.cluster.prompt_loads import PromptLoads, deal
+from odmoe_wire.homes import homes, placed
+from odmoe_wire.messages import Compute, Member, Release, Result, Rollback, Schedule, Span
 from odmoe_wire.placement import group_of, place
 
 # A request is late after this many times what such a request has taken lately.
 LATE_FACTOR = 8.0
-# From this share of a layer's experts on, a prompt is taken to need all of the next layer's.
-LOAD_AHEAD_SHARE = 0.75
+# Fewer rows of a prompt are not worth a message of their own.
+PARCEL_ROWS = 32
 MAX_REMEMBERED_SEQUENCES = 1024
 
 
@@ -54,11 +57,17 @@ class Dispatch:
     predicted_late_total: int = 0
     failovers_total: int = 0
     duplicates_total: int = 0
+    prompt_loads: PromptLoads = field(init=False)
     # Sequences that are over, oldest first: the predictor may be ahead of the news.
     _ended: dict[int, None] = field(default_factory=dict)
     _last_request_id: int = 0
     _typical_row_s: float = 0.0
     _typical_expert_s: float = 0.0
+    # When each node's last result came: what was sent to it together is done one after the other.
+    _last_result_s: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompt_loads = PromptLoads(config=self.config)
 
     # -------------------------------------------------------------------------------------------- forecasts
 
@@ -76,8 +85,14 @@ class Dispatch:
             return
         self.forecasts.setdefault(key, {})[schedule.layer] = frozenset(schedule.experts)
 
+    def rollback(self, message: Rollback) -> None:
+        """The predictor had gone on with a wrong token: what it forecast from there on is void."""
+        for key in [key for key in self.forecasts if key[0] == message.sequence and key[1] >= message.position]:
+            del self.forecasts[key]
+
     def forget(self, sequence: int) -> None:
         """The sequence is over."""
+        self.prompt_loads.forget(sequence)
         self.forecasts = {key: value for key, value in self.forecasts.items() if key[0] != sequence}
         self.unforeseen = {key: value for key, value in self.unforeseen.items() if key[0] != sequence}
         self._ended[sequence] = None
@@ -91,20 +106,25 @@ class Dispatch:
 
     # ------------------------------------------------------------------------------------------------ calls
 
+    def begin_prompt(self, spans: tuple[Span, ...], members: list[Member], *, epoch: int) -> list[Action]:
+        """A prompt is about to go through the model."""
+        return self.prompt_loads.begin(spans, members, epoch=epoch)
+
     def begin(self, call: LayerCall, members: list[Member], *, epoch: int, now: float) -> list[Action]:
         """Send a call's experts to the nodes. Without any node the call waits for one until its deadline."""
         self._drop_passed(call.spans)
         deadline_s = now + self.config.call_timeout_s
-        predicted = self.predicted(call.spans, call.layer)
+        predicted = frozenset() if call.is_prompt else self.predicted(call.spans, call.layer)
         self.calls[call.call_id] = _Call(
             call=call, deadline_s=deadline_s, open_experts=set(call.counts), predicted=predicted
         )
+        assigned = assign(call, predicted, members, self.config)
+        actions = self._send(call.call_id, assigned, epoch=epoch, now=now)
+        if call.is_prompt:
+            return actions + self.prompt_loads.after(call, members, epoch=epoch)
         for span in call.spans:
             unforeseen = frozenset(call.counts) - predicted
             self.unforeseen.setdefault((span.sequence, span.position), {})[call.layer] = unforeseen
-        assigned = assign(call, predicted, members, self.config.group_size)
-        actions = self._send(call.call_id, assigned, epoch=epoch, now=now)
-        actions += self._load_ahead(call, members, epoch=epoch)
         return actions + self._release(call, predicted, members, used=set(assigned.values()), epoch=epoch)
 
     def abandon(self, call_id: int) -> None:
@@ -121,7 +141,9 @@ class Dispatch:
         del self.requests[result.request_id]
         state = self.calls[request.call_id]
         counts = tuple(state.call.counts[expert] for expert in request.experts)
-        self._learn(result, sum(counts), took_s=now - request.sent_s)
+        began_s = max(request.sent_s, self._last_result_s.get(peer_id, 0.0))
+        self._last_result_s[peer_id] = now
+        self._learn(result, sum(counts), took_s=now - began_s)
         wanted = frozenset(request.experts) & state.open_experts
         state.open_experts -= wanted
         if not wanted:
@@ -150,6 +172,7 @@ class Dispatch:
 
     def node_lost(self, peer_id: str, members: list[Member], *, epoch: int, now: float) -> list[Action]:
         """Send what the lost node had in hand to others. `members` are those that are left."""
+        self._last_result_s.pop(peer_id, None)
         orphans = [key for key, request in self.requests.items() if request.peer_id == peer_id]
         actions: list[Action] = []
         for request_id in orphans:
@@ -187,7 +210,7 @@ class Dispatch:
     def _next_node(self, state: _Call, expert: int, members: list[Member]) -> str:
         """A node the expert was not sent to yet, of the layer's group first; else the one tried longest ago."""
         tried = state.tried.get(expert, [])
-        group = group_of(state.call.layer, members, self.config.group_size)
+        group = group_of(state.call.layer, members, self.config.group_size, self.config.num_layers)
         order = [*group, *(member for member in members if member not in group)]
         fresh = next((member.node_id for member in order if member.node_id not in tried), None)
         if fresh is not None:
@@ -195,16 +218,20 @@ class Dispatch:
         return min((member.node_id for member in order), key=lambda node_id: _last_index(tried, node_id))
 
     def _send(self, call_id: int, assigned: dict[int, str], *, epoch: int, now: float) -> list[Action]:
-        """One compute to each node that got experts."""
+        """One compute to each node that got experts; of a prompt one for each expert with enough rows, so that a node's
+        rows come back while it computes its next."""
         state = self.calls[call_id]
         by_node: dict[str, list[int]] = {}
         for expert in sorted(assigned):
             by_node.setdefault(assigned[expert], []).append(expert)
             state.tried.setdefault(expert, []).append(assigned[expert])
         actions: list[Action] = []
-        for peer_id, experts in by_node.items():
+        queued: dict[str, tuple[int, int]] = {}  # node -> experts and rows it was sent here
+        for peer_id, experts in _parcels(by_node, state.call.counts) if state.call.is_prompt else by_node.items():
             counts = [state.call.counts[expert] for expert in experts]
-            patience_s = self._patience_s(len(experts), sum(counts))
+            num_experts, num_rows = queued.get(peer_id, (0, 0))
+            queued[peer_id] = num_experts + len(experts), num_rows + sum(counts)
+            patience_s = self._patience_s(*queued[peer_id])
             self._last_request_id += 1
             self.requests[self._last_request_id] = _Request(
                 call_id=call_id, peer_id=peer_id, experts=tuple(experts), sent_s=now, late_s=now + patience_s
@@ -225,29 +252,13 @@ class Dispatch:
     ) -> list[Action]:
         """Tell the nodes that loaded only wrong experts for this layer that they may free them. The whole group is
         told, since a forecast may have reached a node and not us yet."""
-        if not any(span.position for span in call.spans):
-            return []  # a prompt has no forecasts
-        holders = set(place(call.layer, predicted, members, self.config.group_size).values())
-        holders |= {member.node_id for member in group_of(call.layer, members, self.config.group_size)}
+        group_size, mode, num_layers = self.config.group_size, self.config.mode, self.config.num_layers
+        where = placed(call.layer, predicted, members, group_size, mode=mode, num_layers=num_layers)
+        holders = set(where.values())
+        if mode == "on-demand":
+            holders |= {member.node_id for member in group_of(call.layer, members, group_size, num_layers)}
         release = Release(spans=list(call.spans), layer=call.layer)
         return [Send(peer_id=node_id, message=release, epoch=epoch) for node_id in sorted(holders - used)]
-
-    def _load_ahead(self, call: LayerCall, members: list[Member], *, epoch: int) -> list[Action]:
-        """While a long prompt is computed in this layer, the next one's experts are loaded: nearly all of them will be
-        needed (OD-MoE section 3.3), and each is dealt to the same node whichever they are."""
-        layer = call.layer + 1
-        is_prompt = not any(span.position for span in call.spans)
-        enough = len(call.counts) >= LOAD_AHEAD_SHARE * self.config.num_experts
-        if not (members and is_prompt and enough and layer < self.config.num_layers):
-            return []
-        dealt: dict[str, list[int]] = {}
-        for expert in range(self.config.num_experts):
-            dealt.setdefault(deal(expert, members), []).append(expert)
-        spans = list(call.spans)
-        return [
-            Send(peer_id=node_id, message=Load(spans=spans, layer=layer, experts=experts), epoch=epoch)
-            for node_id, experts in sorted(dealt.items())
-        ]
 
     def _in_flight(self, call_id: int, *, but: _Request | None = None) -> set[int]:
         """Experts of the call that some node is at work on."""
@@ -278,21 +289,23 @@ class Dispatch:
         return min(self.config.compute_cap_s, self.config.compute_floor_s + LATE_FACTOR * expected_s)
 
 
-def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], group_size: int) -> dict[int, str]:
+def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], config: ClusterConfig) -> dict[int, str]:
     """Expert -> node for the experts the gate chose.
 
     A forecast expert goes where placement had it loaded, any other to the worker of the layer's group with the
     least to do, which is the one whose forecast was wrong, if one was. With no forecast and more experts than the
-    group has workers (a prompt), the experts are dealt round all workers.
+    group has workers (a prompt), the experts are dealt round all workers. Where slots are caches, each goes home.
     """
-    needed = sorted(call.counts)
+    needed, group_size = sorted(call.counts), config.group_size
     if not members:
         return {}
+    if config.mode == "lru":
+        return homes(call.layer, needed, members)
     if not predicted and len(needed) > group_size:
-        return {expert: deal(expert, members) for expert in needed}
-    placed = place(call.layer, predicted or needed, members, group_size)
-    assigned = {expert: placed[expert] for expert in needed if expert in placed}
-    work = {member.node_id: 0 for member in group_of(call.layer, members, group_size)}
+        return deal(call.layer, needed, members, config)
+    where = place(call.layer, predicted or needed, members, group_size, config.num_layers)
+    assigned = {expert: where[expert] for expert in needed if expert in where}
+    work = {member.node_id: 0 for member in group_of(call.layer, members, group_size, config.num_layers)}
     for node_id in assigned.values():
         work[node_id] += 1
     for expert in needed:
@@ -302,9 +315,21 @@ def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], gr
     return assigned
 
 
-def deal(expert: int, members: list[Member]) -> str:
-    """Which of all workers computes an expert of a prompt, whatever else the prompt needs."""
-    return members[expert % len(members)].node_id
+def _parcels(by_node: Mapping[str, list[int]], counts: Mapping[int, int]) -> list[tuple[str, list[int]]]:
+    """What goes out in one message each: as few experts of a node as have `PARCEL_ROWS` rows together. Every node gets
+    its first before any gets its second."""
+    cut: list[list[tuple[str, list[int]]]] = []
+    for node_id, experts in by_node.items():
+        parcels: list[list[int]] = []
+        room = 0
+        for expert in experts:
+            if room <= 0:
+                parcels.append([])
+                room = PARCEL_ROWS
+            parcels[-1].append(expert)
+            room -= counts[expert]
+        cut.append([(node_id, parcel) for parcel in parcels])
+    return [parcel for turn in zip_longest(*cut) for parcel in turn if parcel is not None]
 
 
 def _last_index(tried: list[str], node_id: str) -> int:

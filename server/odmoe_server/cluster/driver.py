@@ -26,6 +26,7 @@ from odmoe_server.cluster.events import (
     PartDone,
     PeerMessage,
     PeerUnreachable,
+    PromptBegins,
     Send,
     SendCompute,
     SequenceEnded,
@@ -36,7 +37,7 @@ from odmoe_server.cluster.state import ClusterState
 from odmoe_server.cluster.timeline import Timeline
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
-from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result
+from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result, Span
 from odmoe_wire.waiting import Wake, wait
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,10 @@ class ClusterDriver:
     def post(self, message: AnyMessage, *, blobs: Sequence[Blob] = ()) -> None:
         """Send a message to the predictor, if there is one."""
         self._later(lambda _now: self._to_predictor(message, blobs))
+
+    def begin_prompt(self, span: Span) -> None:
+        """A prompt, or the first chunk of it, is about to go through the model."""
+        self._later(lambda now: self._do(PromptBegins(spans=(span,)), now))
 
     def end_sequence(self, sequence: int) -> None:
         """Tell everybody that a sequence is over."""

@@ -13,12 +13,15 @@ from odmoe_wire.messages import AnyMessage, Compute, ExpertTiming, Span
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """The gate of one MoE layer has spoken: `counts` maps each chosen expert to its number of token rows."""
+    """The gate of one MoE layer has spoken: `counts` maps each chosen expert to its number of token rows. A prompt is
+    not forecast; where it goes on behind these spans, `next_spans` is what the step after this one takes of it."""
 
     call_id: int
     spans: tuple[Span, ...]
     layer: int
     counts: Mapping[int, int]
+    is_prompt: bool = False
+    next_spans: tuple[Span, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------ events
@@ -29,6 +32,13 @@ class CallRequested:
     """The decode loop asks for a layer's experts."""
 
     call: LayerCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBegins:
+    """The decode loop begins to take a prompt through the model, `spans` of it in the first step."""
+
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +76,7 @@ class TimePassed:
     """Nothing but the clock; comes several times a heartbeat."""
 
 
-Event = CallRequested | CallAbandoned | SequenceEnded | PeerMessage | PeerUnreachable | TimePassed
+Event = CallRequested | PromptBegins | CallAbandoned | SequenceEnded | PeerMessage | PeerUnreachable | TimePassed
 
 
 # ----------------------------------------------------------------------------------------------------- actions

@@ -4,25 +4,30 @@ Knows nothing of layers, experts or calls. A peer that does not fit is refused w
 differs on both sides.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from odmoe_server.cluster.events import Action, Note, Send
 from odmoe_wire.liveness import Liveness
-from odmoe_wire.messages import Heartbeat, Hello, Member, Refused, SlotReport, View, Welcome
+from odmoe_wire.messages import Heartbeat, Hello, Member, Refused, SlotMode, SlotReport, View, Welcome
 
 MAX_DEPARTED = 64
+# Nodes whose loads take up to this much longer than those of the fastest of them are taken for equal.
+LIKE_WITHIN_PERCENT = 25
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """What the server demands of its peers and how it times them. `group_size` is the model's top-k unless the
-    operator says otherwise."""
+    operator says otherwise; `mode` is what becomes of an expert in its slot."""
 
     store_digest: str
     package_version: str
     num_layers: int
     num_experts: int
     group_size: int
+    top_k: int = 1
+    mode: SlotMode = "on-demand"
     heartbeat_s: float = 0.25
     lost_after_s: float = 3.0
     compute_floor_s: float = 2.0
@@ -50,11 +55,17 @@ class Peers:
     # The last known of those who left; they are shown as down until they return.
     departed: dict[str, Peer] = field(default_factory=dict)
     rejoins_total: int = 0
+    # What `members` found out last, and in which epoch.
+    _members: tuple[int, list[Member]] = (-1, [])
 
     def members(self) -> list[Member]:
         """Node agents in placement order: by id, so that every role and every restart agrees."""
-        nodes = (peer.hello for peer in self.admitted.values() if peer.hello.role == "node")
-        return [Member(hello.peer_id, hello.slots) for hello in sorted(nodes, key=lambda hello: hello.peer_id)]
+        if self._members[0] != self.epoch:
+            nodes = [peer.hello for peer in self.admitted.values() if peer.hello.role == "node"]
+            kind = kinds(hello.load_us for hello in nodes)
+            members = [Member(hello.peer_id, hello.slots, kind[hello.load_us]) for hello in nodes]
+            self._members = self.epoch, sorted(members, key=lambda member: member.node_id)
+        return self._members[1]
 
     def predictor(self) -> Peer | None:
         """The one predictor, if it is there."""
@@ -116,7 +127,7 @@ class Peers:
         return beats
 
     def _view_for(self, peer_id: str) -> Send:
-        view = View(members=self.members(), group_size=self.config.group_size)
+        view = View(members=self.members(), group_size=self.config.group_size, mode=self.config.mode)
         return Send(peer_id=peer_id, message=view, epoch=self.epoch)
 
     def _misfit(self, peer_id: str, hello: Hello) -> str | None:
@@ -137,3 +148,15 @@ class Peers:
         if hello.role == "predictor" and predictor is not None and predictor.hello.peer_id != peer_id:
             return f"there is a predictor already: {predictor.hello.peer_id}"
         return None
+
+
+def kinds(load_us: Iterable[int]) -> dict[int, int]:
+    """Measured time of a load -> what placement is told: that of the fastest node of its kind, so that equal machines,
+    which never measure quite the same, count as equal. 0, not known, stays 0."""
+    kind = {0: 0}
+    fastest_us = 0
+    for us in sorted(set(load_us)):
+        if us * 100 > fastest_us * (100 + LIKE_WITHIN_PERCENT):
+            fastest_us = us
+        kind[us] = fastest_us
+    return kind

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from odmoe_server.cluster.peers import Peer
 from odmoe_server.cluster.state import ClusterState
 from odmoe_server.engine_api import NodeHealth
+from odmoe_wire.messages import Wants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,7 @@ class ClusterSnapshot:
 
     epoch: int
     predictor_incarnation: int | None
+    predictor_wants: Wants
     peers: tuple[NodeHealth, ...]
     failovers_total: int
     predicted_late_total: int
@@ -34,6 +36,7 @@ def snapshot_of(state: ClusterState, *, protocol_errors: int) -> ClusterSnapshot
     return ClusterSnapshot(
         epoch=state.peers.epoch,
         predictor_incarnation=None if predictor is None else predictor.hello.incarnation,
+        predictor_wants="cache" if predictor is None else predictor.hello.wants,
         peers=tuple(sorted(present + gone, key=lambda peer: peer.peer_id)),
         failovers_total=state.dispatch.failovers_total,
         predicted_late_total=state.dispatch.predicted_late_total,

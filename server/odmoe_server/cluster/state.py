@@ -16,6 +16,7 @@ from odmoe_server.cluster.events import (
     Note,
     PeerMessage,
     PeerUnreachable,
+    PromptBegins,
     Send,
     SequenceEnded,
     TimePassed,
@@ -31,6 +32,7 @@ from odmoe_wire.messages import (
     LoadFailed,
     ProtocolErrorNotice,
     Result,
+    Rollback,
     Schedule,
     SlotReport,
 )
@@ -62,6 +64,8 @@ class ClusterState:
         match event:
             case CallRequested():
                 return self.dispatch.begin(event.call, self.peers.members(), epoch=self.peers.epoch, now=now)
+            case PromptBegins():
+                return self.dispatch.begin_prompt(event.spans, self.peers.members(), epoch=self.peers.epoch)
             case CallAbandoned():
                 self.dispatch.abandon(event.call_id)
                 return []
@@ -92,8 +96,8 @@ class ClusterState:
         match message:
             case Result():
                 return self.dispatch.result(peer_id, message, now=now)
-            case Schedule():
-                self._schedule(peer, epoch, message)
+            case Schedule() | Rollback():
+                self._forecast(peer, epoch, message)
                 return []
             case SlotReport():
                 peer.report = message
@@ -112,12 +116,14 @@ class ClusterState:
             case _:  # heartbeats and load reports have served as life signs
                 return []
 
-    def _schedule(self, peer: Peer, epoch: int, schedule: Schedule) -> None:
+    def _forecast(self, peer: Peer, epoch: int, message: Schedule | Rollback) -> None:
         """Nodes drop forecasts placed by an older view, so they must not count here either."""
         if peer.hello.role != "predictor" or epoch != self.peers.epoch:
             self.stale_total += 1
-            return
-        self.dispatch.forecast(schedule)
+        elif isinstance(message, Schedule):
+            self.dispatch.forecast(message)
+        else:
+            self.dispatch.rollback(message)
 
     def _hello(self, peer_id: str, hello: Hello, now: float) -> list[Action]:
         known = self.peers.admitted.get(peer_id)

@@ -202,7 +202,8 @@ class Rendering:
     def _loaded(self, mark: Heard, loaded: Loaded) -> None:
         name = f"L{loaded.layer} E{loaded.expert}"
         facts = {"on_demand": loaded.on_demand, "bytes": loaded.load_bytes}
-        self.drawing.slice(_node(mark.peer_id), "load", name, mark.at_s - loaded.load_s, mark.at_s, **facts)
+        ended_s = mark.at_s - loaded.ago_s
+        self.drawing.slice(_node(mark.peer_id), "load", name, ended_s - loaded.load_s, ended_s, **facts)
 
     def _learn_way(self, peer_id: str, way_s: float) -> None:
         shortest_s, count, sum_s = self.ways_s.get(peer_id, (way_s, 0, 0.0))

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import zmq
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from odmoe_model.seam import install
 from odmoe_model.skeleton import load_generation_config, load_skeleton
@@ -20,17 +21,18 @@ from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
 from odmoe_server.engine.recordings import Recordings
 from odmoe_server.engine.step import Stepper
 from odmoe_server.moe.remote import RemoteExperts, Tally
-from odmoe_server.moe.trace import Routed
+from odmoe_server.moe.trace import RoutedCall
 from odmoe_wire.checks import Limits
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.lifeline import settle_heap
 from odmoe_wire.link import Link, RouterLink
-from odmoe_wire.messages import ToServer
+from odmoe_wire.messages import SlotMode, ToServer
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """`group_size` None is the model's top-k. `max_context` cuts the model's own context length."""
+    """`group_size` None is the model's top-k. `max_context` cuts the model's own context length. `prefill_chunk`:
+    most tokens of a prompt that go through the model at once; None takes every prompt whole."""
 
     endpoint: str
     device: str = "cpu"
@@ -45,6 +47,8 @@ class EngineOptions:
     keys: CurveKeys | None = None
     timeline: Path | None = None
     trace: Path | None = None
+    prefill_chunk: int | None = 512
+    slot_mode: SlotMode = "on-demand"
 
 
 def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
@@ -56,6 +60,8 @@ def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
         num_layers=manifest.num_moe_layers,
         num_experts=manifest.num_experts,
         group_size=options.group_size or manifest.top_k,
+        top_k=manifest.top_k,
+        mode=options.slot_mode,
         heartbeat_s=options.heartbeat_s,
         lost_after_s=options.lost_after_s,
         call_timeout_s=options.call_timeout_s,
@@ -89,7 +95,7 @@ def load_model(
     options: EngineOptions,
     *,
     cluster: ClusterDriver,
-    trace: Callable[[Routed], None] | None = None,
+    trace: Callable[[RoutedCall], None] | None = None,
 ) -> Loaded:
     """Load all weights but the experts' and put the cluster into the experts' place."""
     torch.set_num_threads(options.threads)
@@ -101,7 +107,20 @@ def load_model(
         stepper=Stepper(model, experts=experts, cluster=cluster, total=total, periods=options.periods),
         new_cache=lambda: DynamicCache(config=model.config),
         total=total,
+        prefill_chunk=None if turns_with_length(model.config) else options.prefill_chunk,
     )
+
+
+def turns_with_length(config: PreTrainedConfig) -> bool:
+    """Whether a position's rotary embedding depends on how long the prompt is (dynamic and long RoPE). Then the
+    first chunk's keys would be turned otherwise than in a forward of the whole prompt, so it has to go in one piece."""
+    return bool(_rope_types(config.get_text_config().to_dict()) & {"dynamic", "longrope"})
+
+
+def _rope_types(values: dict[str, Any]) -> set[str]:
+    """Of a configuration or a part of it: some families have a RoPE for each type of layer."""
+    types = {value for name, value in values.items() if name in ("rope_type", "type") and isinstance(value, str)}
+    return types.union(*(_rope_types(value) for value in values.values() if isinstance(value, dict)))
 
 
 class ServingEngine(DecodeLoop):

@@ -53,6 +53,8 @@ class Loaded:
     stepper: Stepper
     new_cache: Callable[[], DynamicCache]
     total: Tally
+    # Most tokens of a prompt that go through the model at once; None for a model that needs them all at once.
+    prefill_chunk: int | None = None
 
 
 class DecodeLoop:
@@ -145,7 +147,7 @@ class DecodeLoop:
                 end_ids=end_ids | request.sampling.stop_token_ids,
                 cache=self._loaded.new_cache(),
                 sampler=Sampler(request.sampling),
-                fresh_ids=list(request.prompt_ids),
+                prefill_chunk=self._loaded.prefill_chunk,
             )
             self._queue.append(sequence)
             self._changed.notify_all()
@@ -200,10 +202,11 @@ class DecodeLoop:
                 if self._state != "ready":
                     sequence.outbox.put(NotReady(self._detail))
                     return
-                num_fresh = len(sequence.fresh_ids)
-                is_prompt = sequence.position == 0
+                num_prompt = len(sequence.fresh_ids) if sequence.is_prompt else 0
                 logits_V = self._loaded.stepper.step([sequence])[0]
-                self._prompt_tokens_total += num_fresh if is_prompt else 0
+                self._prompt_tokens_total += num_prompt
+                if sequence.is_prompt:  # what the chunk ends with is known already
+                    continue
                 self._generation_tokens_total += 1
                 reason = sequence.accept(sequence.sampler.next_token(logits_V))
                 if reason is not None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from odmoe_model.manifest import Manifest
+from odmoe_model.trace import VERSION, TraceHeader
 from odmoe_server.cluster.timeline import Timeline
 from odmoe_server.cluster.timeline_file import record_timeline
-from odmoe_server.moe.trace import VERSION, Routed, TraceHeader, record_trace
+from odmoe_server.moe.trace import RoutedCall, record_trace
 from odmoe_server.recording import Recorder
 
 
@@ -19,7 +20,7 @@ class Recordings:
     """`timeline` and `trace` are None where nothing is to be recorded."""
 
     timeline: Timeline | None = None
-    trace: Callable[[Routed], None] | None = None
+    trace: Callable[[RoutedCall], None] | None = None
     recorders: tuple[Recorder[Any], ...] = ()
 
     @classmethod
@@ -29,7 +30,7 @@ class Recordings:
             raise ValueError(f"timeline and trace cannot both be {trace_file}: give each a file of its own")
         recorders: list[Recorder[Any]] = []
         timeline: Timeline | None = None
-        trace: Callable[[Routed], None] | None = None
+        trace: Callable[[RoutedCall], None] | None = None
         if timeline_file is not None:
             facts = {"model_type": manifest.model_type, "store_digest": manifest.digest, "odmoe": version("odmoe")}
             timeline, drawer = record_timeline(timeline_file, num_layers=manifest.num_moe_layers, facts=facts)

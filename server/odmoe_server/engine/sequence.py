@@ -45,21 +45,37 @@ class Sequence:
     end_ids: frozenset[int]
     cache: DynamicCache
     sampler: Sampler
-    # Tokens the model has not seen yet: the prompt, then each sampled token.
-    fresh_ids: list[int] = field(default_factory=list)
+    # Most tokens of the prompt that one step takes; None takes it whole.
+    prefill_chunk: int | None = None
+    # What the next step takes: the prompt or a chunk of it, then each sampled token.
+    fresh_ids: list[int] = field(init=False)
     position: int = 0  # of fresh_ids[0]; so many tokens are in the cache
     completion_tokens: int = 0
     decode_tally: Tally = field(default_factory=Tally)
     shadowed: Shadowed = field(default_factory=Shadowed)
+
+    def __post_init__(self) -> None:
+        self.fresh_ids = self.chunk_at(0)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the next step takes tokens of the prompt."""
+        return self.position < len(self.request.prompt_ids)
 
     @property
     def cancelled(self) -> bool:
         """The consumer has closed its iterator."""
         return self.outbox.closed.is_set()
 
+    def chunk_at(self, position: int) -> list[int]:
+        """The tokens of the prompt that a step at `position` takes; none behind the prompt."""
+        end = None if self.prefill_chunk is None else position + self.prefill_chunk
+        return list(self.request.prompt_ids[position:end])
+
     def advance(self) -> None:
-        """The fresh tokens are in the cache now."""
+        """The fresh tokens are in the cache now; of the prompt, the next ones are fresh."""
         self.position += len(self.fresh_ids)
+        self.fresh_ids = self.chunk_at(self.position)
 
     def accept(self, token_id: int) -> FinishReason | None:
         """Take a sampled token; deliver it unless it ends the sequence. The finish reason, if it is over."""

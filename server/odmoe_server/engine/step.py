@@ -17,7 +17,7 @@ from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.engine.align import Periods
 from odmoe_server.engine.sequence import Sequence
 from odmoe_server.moe.remote import RemoteExperts, Tally
-from odmoe_wire.messages import Align, Span, Start
+from odmoe_wire.messages import Align, Span, Start, Wants
 
 
 class Stepper:
@@ -43,16 +43,22 @@ class Stepper:
 
         Raises CallError when the cluster cannot serve a layer.
         """
+        wants: list[Wants] = []
         for sequence in batch:
-            self._align(sequence)
-        return [self._forward(sequence) for sequence in batch]
+            if sequence.is_prompt and sequence.position == 0:
+                self._cluster.begin_prompt(_span(sequence))
+            wants.append(self._align(sequence))
+        return [self._forward(sequence, wants=more) for sequence, more in zip(batch, wants, strict=True)]
 
     @torch.inference_mode()
-    def _forward(self, sequence: Sequence) -> torch.Tensor:
-        span = Span(sequence.sequence_id, sequence.position, len(sequence.fresh_ids))
+    def _forward(self, sequence: Sequence, *, wants: Wants) -> torch.Tensor:
+        span = _span(sequence)
+        self._experts.wants = wants
         self._experts.spans = (span,)
+        self._experts.is_prompt = sequence.is_prompt
+        self._experts.next_spans = _next_chunk(sequence, span)
         # A prompt has no forecast, so it would only blur what the forecasts are worth.
-        self._experts.tallies = (sequence.decode_tally, self._total) if sequence.position else ()
+        self._experts.tallies = () if sequence.is_prompt else (sequence.decode_tally, self._total)
         output = self._model(
             input_ids=torch.tensor([sequence.fresh_ids], device=self._model.device),
             past_key_values=sequence.cache,
@@ -63,23 +69,44 @@ class Stepper:
         logits_V: torch.Tensor = output.logits[0, -1]
         return logits_V
 
-    def _align(self, sequence: Sequence) -> None:
-        """Send the predictor what `align` decides is due for the step."""
+    def _align(self, sequence: Sequence) -> Wants:
+        """Send the predictor what `align` decides is due for the step; what it wants while the step runs."""
+        snapshot = self._cluster.snapshot
         due = sequence.shadowed.align(
-            predictor=self._cluster.snapshot.predictor_incarnation,
+            predictor=snapshot.predictor_incarnation,
+            wants=snapshot.predictor_wants,
             position=sequence.position,
             num_fresh=len(sequence.fresh_ids),
+            num_prompt=len(sequence.request.prompt_ids),
             periods=self._periods,
         )
         if due is None:
-            return
+            return "cache"
         if due.start:
             self._cluster.post(Start(sequence=sequence.sequence_id))
         layers, tensors = export_cache(sequence.cache, rows=due.rows) if due.rows else ([], [])
         align = Align(
             sequence=sequence.sequence_id,
             position=sequence.position,
-            tokens=list(sequence.fresh_ids) if due.token else [],
+            tokens=_fresh_for_shadow(sequence) if due.token else [],
             cache=layers,
         )
         self._cluster.post(align, blobs=[to_blob(tensor) for tensor in tensors])
+        return due.wants
+
+
+def _span(sequence: Sequence) -> Span:
+    """What the next step takes."""
+    return Span(sequence.sequence_id, sequence.position, len(sequence.fresh_ids))
+
+
+def _next_chunk(sequence: Sequence, span: Span) -> tuple[Span, ...]:
+    """What the step after the one of `span` takes of the prompt."""
+    position = span.position + span.length
+    length = len(sequence.chunk_at(position))
+    return (Span(span.sequence, position, length),) if length else ()
+
+
+def _fresh_for_shadow(sequence: Sequence) -> list[int]:
+    """The shadow hears of a prompt once, so it gets all of it."""
+    return list(sequence.request.prompt_ids if sequence.is_prompt else sequence.fresh_ids)

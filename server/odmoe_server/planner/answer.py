@@ -1,15 +1,15 @@
 """What the model predicts for one question: speed, first token, memory, and what bounds the speed."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from odmoe_server.planner import memory, prefill
 from odmoe_server.planner.forecasts import Forecast
-from odmoe_server.planner.machines import Machines, Times, times
+from odmoe_server.planner.machines import Machines, Times, members, times
 from odmoe_server.planner.memory import Memory
 from odmoe_server.planner.shape import Shape
 from odmoe_server.planner.simulate import Decoded, decode
 from odmoe_wire import placement
-from odmoe_wire.messages import Member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class Question:
     output_tokens: int
     prefill_overlap: bool
     seed: int
+    prefill_chunk: int | None = None
+    prompt_kv: Literal["full", "own"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +52,7 @@ def answer(question: Question) -> Answer:
         times=steps,
         num_groups=groups_of(question.machines),
         decoded=_decode(question, steps, question.forecast),
-        first_token_s=prefill.prefill_s(
-            question.shape,
-            question.machines,
-            prompt_tokens=question.prompt_tokens,
-            overlap=question.prefill_overlap,
-        ),
+        first_token_s=first_token_s(question),
         hidden_load_s=hidden_load_s(question.shape, question.machines, steps),
         memory=memory.of(
             question.shape,
@@ -72,24 +69,45 @@ def speed(question: Question) -> float:
     return _decode(question, times(question.shape, question.machines), question.forecast).tokens_per_s
 
 
+def first_token_s(question: Question) -> float:
+    """Seconds from the prompt to the first token."""
+    return prefill.prefill_s(
+        question.shape,
+        question.machines,
+        prompt_tokens=question.prompt_tokens,
+        overlap=question.prefill_overlap,
+        chunk_tokens=question.prefill_chunk,
+    )
+
+
+def shadow_begins_s(question: Question, steps: Times) -> float:
+    """How long after the first token the shadow has the prompt's keys and values: they are sent to it, or it has gone
+    through the prompt itself meanwhile."""
+    if question.prompt_kv == "full":
+        return steps.latency_s + question.prompt_tokens * steps.kv_s
+    own_s = prefill.shadow_s(question.shape, question.machines, prompt_tokens=question.prompt_tokens)
+    return max(0.0, own_s - first_token_s(question))
+
+
 def groups_of(machines: Machines) -> int:
     """How many groups the nodes form."""
-    members = [Member(node_id=str(index), slots=node.slots) for index, node in enumerate(machines.nodes)]
-    return len(placement.groups(members, machines.group_size))
+    return len(placement.groups(members(machines), machines.group_size))
 
 
 def hidden_load_s(shape: Shape, machines: Machines, steps: Times) -> float | None:
     """The longest load that is hidden when forecasts are right and in time; None where a node has several experts
-    of a layer to load.
+    of a layer to load, or nodes are unlike.
 
-    With one slot a group can load from the end of its layer to its next layer's rows: N_g t_M + (N_g - 1) t_W, with
-    t_M and t_W counting their messages in. With more slots it can load all the time."""
+    With one slot a node can load from the end of its expert to its next layer's rows: the time of all N_g groups'
+    layers but for its own expert. With more slots it can load all the time. A core that all share computes a layer's
+    experts, and has their results, one after the other."""
     num_groups = groups_of(machines)
-    if len(machines.nodes) // num_groups < shape.top_k:
+    if len(machines.nodes) // num_groups < shape.top_k or len(set(machines.nodes)) > 1:
         return None
+    in_turn = shape.top_k if machines.shared_core else 1
     there_s = steps.main_s + shape.top_k * steps.row_s + steps.latency_s
-    back_s = steps.latency_s + steps.row_s
-    round_s = num_groups * (there_s + steps.expert_s + back_s)
+    back_s = steps.latency_s + in_turn * steps.row_s
+    round_s = num_groups * (there_s + in_turn * steps.expert_s + back_s)
     return round_s if min(node.slots for node in machines.nodes) > 1 else round_s - steps.expert_s
 
 
@@ -114,7 +132,7 @@ def _decode(question: Question, steps: Times, forecast: Forecast) -> Decoded:
     return decode(
         question.machines,
         steps,
-        forecast,
+        replace(forecast, begins_s=shadow_begins_s(question, steps)),
         layers=question.shape.layers,
         num_experts=question.shape.num_experts,
         top_k=question.shape.top_k,

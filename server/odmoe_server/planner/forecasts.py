@@ -16,14 +16,18 @@ from odmoe_server.planner.machines import Times
 class Forecast:
     """How experts are forecast. `recall` is that of each token, the last one for all that follow. Alignment with
     the full model comes every so many tokens, or never (0). With `run_ahead` the shadow starts a token up to so many
-    before the full model has confirmed the one before; it is wrong about that one with `1 - agreement`."""
+    before the full model has confirmed the one before; it is wrong about that one with `1 - agreement`. The shadow has
+    the prompt's keys and values `begins_s` after the first token.
 
-    source: Literal["shadow", "random", "none"] = "shadow"
+    With the source `slots` nothing is forecast, and `recall` is the share of experts found in slots."""
+
+    source: Literal["shadow", "random", "none", "slots"] = "shadow"
     recall: tuple[float, ...] = (1.0,)
     align_token: int = 1
     align_kv: int = 1
     run_ahead: int = 0
     agreement: float = 1.0
+    begins_s: float = 0.0
 
     def recall_at(self, token: int) -> float:
         return self.recall[min(token, len(self.recall) - 1)]
@@ -37,7 +41,7 @@ class Schedule:
         self._times = times
         self._layers = layers
         self._random = random
-        self._shadow_free_s = 0.0
+        self._shadow_free_s = forecast.begins_s
 
     def waits(self, token: int) -> bool:
         """Whether the shadow cannot begin the token before the full model has ended the one before. Draws once
@@ -51,7 +55,7 @@ class Schedule:
     def known_s(self, token: int, *, ends_s: Sequence[float], waits: bool) -> list[float]:
         """For each layer, when its forecast reaches the nodes. `ends_s[i]` is when the full model ended token i."""
         times, forecast = self._times, self._forecast
-        if forecast.source == "none":
+        if forecast.source in ("none", "slots"):
             return [math.inf] * self._layers
         if forecast.source == "random":
             return [0.0] * self._layers

@@ -7,6 +7,7 @@ device's memory bandwidth. Reading the KV cache, and what a load costs besides i
 from dataclasses import dataclass, replace
 
 from odmoe_server.planner.shape import Shape
+from odmoe_wire.messages import Member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,13 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Links between machines: a message takes the latency, and its bytes over the bandwidth. The main node's link
-    carries one message at a time in either direction; others never wait for one another."""
+    """Links between machines: a message takes the latency, its bytes over the bandwidth, and `overhead_s` of the
+    main node's time. The main node has one message at a time in either direction; others never wait for one
+    another."""
 
     latency_s: float
     gbit_per_s: float
+    overhead_s: float = 0.0
 
     def wire_s(self, size_bytes: float) -> float:
         """Seconds the bytes occupy the link."""
@@ -46,11 +49,19 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machines:
-    """All of them. `shadow_bits` is the width of the predictor's weights."""
+class Crew:
+    """The nodes and how they share the work. With `shared_core` one core computes for the server and all nodes and
+    works on their messages, as in `odmoe bench decode`; the predictor has one of its own, and loads need none."""
 
     nodes: tuple[Node, ...]
     group_size: int
+    shared_core: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines(Crew):
+    """All of them. `shadow_bits` is the width of the predictor's weights."""
+
     device: Device
     network: Network
     shadow_bits: float
@@ -63,7 +74,9 @@ class Machines:
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """Seconds of each step of decoding: the main node's part of a layer, one expert, the shadow's layer; a load, for
-    each node; a hidden state on the wire; a token's keys and values on the wire; a message's latency."""
+    each node; the server's with a message of a hidden state; a token's keys and values on the wire; a message's
+    latency. `first_stage` is the share of an expert, of its bytes and of its computing, that nodes compute while the
+    rest of it is on the link; 0 where they compute when all of it is there."""
 
     main_s: float
     expert_s: float
@@ -72,6 +85,7 @@ class Times:
     row_s: float
     kv_s: float
     latency_s: float
+    first_stage: float = 0.0
 
     def without(self, what: str) -> "Times":
         """The same with one thing for nothing: `loads`, `network`, `compute` or `shadow`."""
@@ -103,7 +117,16 @@ def times(shape: Shape, machines: Machines) -> Times:
         expert_s=expert_s,
         shadow_s=shadow_s,
         load_s=tuple(shape.expert_bytes / (node.link_gb_per_s * 1e9) for node in machines.nodes),
-        row_s=network.wire_s(shape.row_bytes),
+        row_s=network.overhead_s + network.wire_s(shape.row_bytes),
         kv_s=network.wire_s(shape.kv_bytes_per_token),
         latency_s=network.latency_s,
     )
+
+
+def members(crew: Crew) -> list[Member]:
+    """The nodes as placement sees them; each one's id is its index. Of their loads it compares only how long they take,
+    so a load here is one of 1 GB."""
+    return [
+        Member(node_id=str(index), slots=node.slots, load_us=max(1, round(1e6 / node.link_gb_per_s)))
+        for index, node in enumerate(crew.nodes)
+    ]

@@ -3,18 +3,18 @@
 Activations and what a runtime takes for itself are left out.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
-from odmoe_server.planner.machines import Machines
+from odmoe_server.planner.machines import Machines, members
 from odmoe_server.planner.shape import Shape
 from odmoe_wire import placement
-from odmoe_wire.messages import Member
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. `node` is the largest node's; `store` every node's copy of the experts, of which it reads
-    `store_read_decoding` while decoding."""
+    """Bytes. `node` is the largest node's; `store` every node's copy of the experts, of which the one
+    that serves most layers reads `store_read_decoding` while decoding."""
 
     main_bytes: int
     shadow_bytes: int
@@ -35,15 +35,18 @@ def of(shape: Shape, machines: Machines, *, context_tokens: int, shadow: bool = 
     weights_bytes = shape.non_expert_bytes + shape.experts_bytes
     narrower = min(1.0, machines.shadow_bits / shape.weight_bits)
     slots_bytes = [node.slots * shape.expert_bytes for node in machines.nodes]
-    members = [Member(node_id=str(index), slots=node.slots) for index, node in enumerate(machines.nodes)]
-    num_groups = len(placement.groups(members, machines.group_size))
-    layers_of_a_group = -(-shape.layers // num_groups)
+    nodes, layers = members(machines), shape.layers
+    served = Counter(
+        node.node_id
+        for layer in range(layers)
+        for node in placement.group_of(layer, nodes, machines.group_size, layers)
+    )
     return Memory(
         main_bytes=shape.non_expert_bytes + kv_bytes,
         shadow_bytes=round(weights_bytes * narrower) + kv_bytes if shadow else 0,
         node_bytes=max(slots_bytes),
         nodes_bytes=sum(slots_bytes),
         store_bytes=shape.experts_bytes,
-        store_read_decoding_bytes=layers_of_a_group * shape.num_experts * shape.expert_bytes,
+        store_read_decoding_bytes=max(served.values()) * shape.num_experts * shape.expert_bytes,
         resident_bytes=weights_bytes + kv_bytes,
     )

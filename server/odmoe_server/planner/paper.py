@@ -26,7 +26,8 @@ UNFITTED: Final = Machines(
     shadow_bits=8,
 )
 ASSUMPTIONS: Final = (
-    "assumed: PCIe 4.0 x16 moves 25 GB/s; a message takes 0.1 ms besides its bytes.",
+    "assumed: PCIe 4.0 x16 moves 25 GB/s; a message takes 0.1 ms besides its bytes; a wrong load on its way is broken "
+    "off, which the paper does not say.",
     "from data sheets: 936 GB/s of device memory, 35.6 TFLOPS; 1 Gbit/s Ethernet; the weights are fp32.",
     "from the paper: recall of 97.34 % if aligned at every step; if never, it falls from 100 % to 30 % at token 256 "
     "with a mean of 45 %, here exponentially.",

@@ -20,19 +20,26 @@ _ONLY_WITH: Final = {
     "run_ahead": ("predictor", "shadow"),
     "shadow_bits": ("predictor", "shadow"),
     "shadow_ms": ("predictor", "shadow"),
+    "prompt_kv": ("predictor", "shadow"),
 }
-_OF_EVERY_RUN: Final = {"config", "paper"}
+# Options that ask for a comparison, each of which takes nothing else.
+_COMPARISONS: Final = ("paper", "bench")
 
 
 class PlanSettings(RoleSettings):
     """Predict speed, memory and what bounds them, from a model's shape and a description of the machines.
 
-    The defaults are the OD-MoE paper's testbed; --paper compares the model with what the paper printed.
+    The defaults are the OD-MoE paper's testbed; --paper compares the model with what the paper printed, --bench with
+    what was measured on a machine.
     """
 
     model_config = SettingsConfigDict(env_prefix="ODMOE_PLAN_")
 
     paper: bool = Field(default=False, description="compare with the paper's figures; status 1 if one is off by > 10 %")
+    bench: Path | None = Field(
+        default=None,
+        description="compare with a JSON record of odmoe bench decode; status 1 if a speed is off by > 20 %",
+    )
     model: Path | None = Field(default=None, description="a prepared store, whose shape is taken")
     shape: str = Field(default="mixtral-8x7b", description=f"a published shape: {', '.join(shape.NAMES)}")
     weight_bits: int = Field(default=16, ge=1, le=32, description="width of a published shape's weights")
@@ -47,6 +54,8 @@ class PlanSettings(RoleSettings):
     )
     network_gbit_per_s: float = Field(default=1.0, gt=0, description="each machine's network link, Gbit/s")
     network_latency_ms: float = Field(default=0.1, ge=0, description="what a message takes besides its bytes")
+    message_ms: float = Field(default=0.0, ge=0, description="what a message takes of the server's own time")
+    shared_core: bool = Field(default=False, description="one core computes for the server and all nodes")
     memory_gb_per_s: float = Field(default=936.0, gt=0, description="device memory bandwidth, GB/s")
     tflops: float = Field(default=35.6, gt=0, description="device arithmetic, 10^12 operations a second")
     overhead_ms: float = Field(default=0.28, ge=0, description="what each step takes besides reading its weights")
@@ -64,7 +73,15 @@ class PlanSettings(RoleSettings):
     )
     agreement: float = Field(default=1.0, ge=0, le=1, description="share of tokens a shadow that runs ahead gets right")
 
+    prompt_kv: Literal["full", "own"] = Field(
+        default="full",
+        description="the prompt's keys and values in the shadow: the full model's, or computed by itself",
+    )
+
     prompt_tokens: int = Field(default=128, ge=1, description="length of the prompt")
+    prefill_chunk: int | None = Field(
+        default=None, ge=1, description="tokens of a prompt that go through the model at once; all unless set"
+    )
     output_tokens: int = Field(default=256, ge=1, le=4096, description="tokens to decode")
     prefill_overlap: bool = Field(default=False, description="a prompt's next loads begin before they are routed to")
     tokens_per_s: float | None = Field(default=None, gt=0, description="how many nodes, how fast a link for this?")
@@ -72,9 +89,10 @@ class PlanSettings(RoleSettings):
 
     @model_validator(mode="after")
     def _says_something(self) -> "PlanSettings":
-        given = self.model_fields_set - _OF_EVERY_RUN
-        if self.paper and given:
-            raise ValueError(f"--paper takes nothing else, not {_flags(given)}")
+        given = self.model_fields_set - {"config"}
+        for name in _COMPARISONS:
+            if getattr(self, name) and given - {name}:
+                raise ValueError(f"{_flags([name])} takes nothing else, not {_flags(given - {name})}")
         if self.model is not None and given & {"shape", "weight_bits"}:
             raise ValueError("--model brings its own shape: leave out --shape and --weight-bits")
         for name, (other, value) in _ONLY_WITH.items():
@@ -113,7 +131,12 @@ def machines_of(settings: PlanSettings, *, top_k: int) -> Machines:
         device=Device(
             memory_gb_per_s=settings.memory_gb_per_s, tflops=settings.tflops, overhead_s=settings.overhead_ms / 1e3
         ),
-        network=Network(latency_s=settings.network_latency_ms / 1e3, gbit_per_s=settings.network_gbit_per_s),
+        network=Network(
+            latency_s=settings.network_latency_ms / 1e3,
+            gbit_per_s=settings.network_gbit_per_s,
+            overhead_s=settings.message_ms / 1e3,
+        ),
+        shared_core=settings.shared_core,
         shadow_bits=settings.shadow_bits,
         main_s=_seconds(settings.main_ms),
         expert_s=_seconds(settings.expert_ms),

@@ -6,6 +6,7 @@ from itertools import groupby
 from rich.table import Table
 
 from odmoe_server.planner.answer import Answer, Question
+from odmoe_server.planner.bench import Compared
 from odmoe_server.planner.paper import Row
 from odmoe_server.planner.search import Found
 
@@ -68,6 +69,31 @@ def paper_tables(rows: Sequence[Row]) -> Iterator[Table]:
             mark = f"{row.note or row.status}{', TOO FAR OFF' if row.off else ''}"
             grid.add_row(f"{row.what}, {row.unit}", f"{row.paper:.4g}", ours, difference, mark)
         yield grid
+
+
+def bench_tables(rows: Sequence[Compared]) -> Iterator[Table]:
+    """A record's figures beside ours: the speed of decoding, and the first token where there is one."""
+    speeds = _grid("decoding, tokens/s", "", "link ratio", "measured", "plan", "off by", "")
+    firsts = _grid("first token, s", "", "link ratio", "measured", "plan", "off by")
+    for row in rows:
+        what = (row.variant, _number(row.link_ratio))
+        mark = f"TOO FAR OFF {row.note}".strip() if row.off else row.note
+        speeds.add_row(
+            *what, _number(row.tokens_per_s), _number(row.predicted_tokens_per_s), _off_by(row.difference), mark
+        )
+        if row.first_difference is not None:
+            firsts.add_row(*what, _number(row.first_s), _number(row.predicted_first_s), _off_by(row.first_difference))
+    yield speeds
+    if firsts.rows:
+        yield firsts
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _off_by(difference: float | None) -> str:
+    return "-" if difference is None else f"{difference:+.0%}"
 
 
 def _grid(title: str, *columns: str) -> Table:

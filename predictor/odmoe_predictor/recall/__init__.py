@@ -1,0 +1,1 @@
+"""Recall of the shadow and of its rivals, measured on many prompts in lockstep: `python -m odmoe_predictor.recall`."""
