@@ -16,11 +16,12 @@ MAX_WAIT_S: Final = 60.0
 
 
 class Wake:
-    """A flag that ends a `wait`: set it from any thread; it stays set until cleared."""
+    """A flag that ends a `wait`: set it from any thread; it stays set until cleared. Its pipe is made for the first
+    `wait`, so that who never sleeps holds no descriptors."""
 
     def __init__(self) -> None:
-        self._read_fd, self._write_fd = os.pipe()
         self._lock = threading.Lock()
+        self._pipe: tuple[int, int] | None = None
         self._is_set = False
         self._closed = False
 
@@ -29,26 +30,35 @@ class Wake:
         with self._lock:
             if not self._is_set and not self._closed:
                 self._is_set = True
-                os.write(self._write_fd, b"\0")
+                if self._pipe is not None:
+                    os.write(self._pipe[1], b"\0")
 
     def clear(self) -> None:
         """Forget that it was set. Clear first, then look at what was signalled, so that nothing is missed."""
         with self._lock:
             if self._is_set and not self._closed:
                 self._is_set = False
-                os.read(self._read_fd, 1)
+                if self._pipe is not None:
+                    os.read(self._pipe[0], 1)
 
     def fileno(self) -> int:
-        """Readable while set."""
-        return self._read_fd
+        """Readable while set. Raises ValueError after `close`."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("the wake is closed")
+            if self._pipe is None:
+                self._pipe = os.pipe()
+                if self._is_set:
+                    os.write(self._pipe[1], b"\0")
+            return self._pipe[0]
 
     def close(self) -> None:
         """Give the descriptors back; may be called twice."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                os.close(self._read_fd)
-                os.close(self._write_fd)
+                for descriptor in self._pipe or ():
+                    os.close(descriptor)
 
 
 def wait(links: "Sequence[Link]", wake: Wake, *, timeout_s: float) -> bool:

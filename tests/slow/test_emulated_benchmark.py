@@ -72,7 +72,7 @@ def test_a_large_checkpoint_is_written_in_little_memory(tmp_path: Path) -> None:
 
 
 def test_told_to_end_it_leaves_nothing(tmp_path: Path) -> None:
-    large = [*MAKE, str(tmp_path / "checkpoint"), "--intermediate", "200000"]
+    large = [*MAKE, str(tmp_path / "checkpoint"), "--intermediate", "40000"]
     with subprocess.Popen(large, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         partial = tmp_path / ".checkpoint.partial"
         until(lambda: partial.is_dir() and any(path.stat().st_size for path in partial.iterdir()), "its beginning")

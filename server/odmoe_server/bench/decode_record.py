@@ -101,10 +101,21 @@ def _resident(measured: Measured, findings: Findings) -> dict[str, Any]:
     }
 
 
+def _bounds(findings: Findings) -> list[str]:
+    """What speed is left where loads take next to nothing: messages and processes alone hold it down there."""
+    resident = findings.reference.tokens_per_s
+    return [
+        f"bound: {run.variant} with loads that take next to nothing comes at "
+        f"{median(r.between_tokens / r.between_s for r in run.decoded) / resident:.3f} of resident"
+        for run in findings.without_loads
+    ]
+
+
 def _notes(findings: Findings) -> list[str]:
     manifest, question = findings.manifest, findings.question
     spread = max(max(row.tokens_per_s_runs) / min(row.tokens_per_s_runs) - 1 for row in findings.rows)
     return [
+        *_bounds(findings),
         f"{findings.cores.words}; {question.nodes} nodes in groups of {question.group_size}, on emulated devices of "
         "one slot each (the LRU cache: as many as fit into the bytes of slots and shadow together)",
         f"{manifest.model_type}, {manifest.dtype}, {manifest.num_moe_layers} layers of {manifest.num_experts} experts, "

@@ -27,7 +27,7 @@ def _late(align_token: str, align_kv: str) -> dict[str, Any]:
 
 VARIANTS: Final = (
     Variant(name="on-demand", settings={"run_ahead": 1}),
-    Variant(name="feedback", settings={"run_ahead": 1, "feedback": True}),
+    Variant(name="on-demand-feedback", settings={"run_ahead": 1, "feedback": True}),
     Variant(name="on-demand-late", settings=_late("1", "1")),
     Variant(name="token-only", settings=_late("1", "off")),
     Variant(name="kv-only", settings=_late("off", "1")),

@@ -23,6 +23,7 @@ _SEEDS: Final = range(4)
 
 FORECASTS: Final = {
     "on-demand": Forecast(run_ahead=1),
+    "on-demand-feedback": Forecast(run_ahead=1),
     "on-demand-late": Forecast(),
     "token-only": Forecast(align_kv=0),
     "kv-only": Forecast(align_token=0),
