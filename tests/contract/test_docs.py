@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,7 @@ def unknown_commands(text: str) -> list[str]:
     for program, *words in commands(text):
         if program not in PROGRAMS:
             continue
-        sub = words[0] if is_sub([program, *words]) else ""
+        sub = sub_of([program, *words])
         try:
             help_text = help_of(program, sub)
         except LookupError:
@@ -203,7 +204,7 @@ def help_of(program: str, sub: str) -> str:
     """What `program [sub] --help` prints; LookupError if there is no such command."""
     module, _, function = PROGRAMS[program].partition(":")
     script = f"import sys; sys.argv[0] = {program!r}; from {module} import {function} as main; sys.exit(main())"
-    command = [sys.executable, "-c", script, *([sub] if sub else []), "--help"]
+    command = [sys.executable, "-c", script, *sub.split(), "--help"]
     environment = os.environ | {"COLUMNS": "250", "TERM": "dumb", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
     if done.returncode != 0:
@@ -215,7 +216,10 @@ def help_of(program: str, sub: str) -> str:
 def all_help() -> str:
     """The help of every program, and of every `odmoe` command that the documents name and that is there."""
     named = {
-        command[1] for file in documents() for command in commands((ROOT / file).read_text("utf-8")) if is_sub(command)
+        sub
+        for file in documents()
+        for command in commands((ROOT / file).read_text("utf-8"))
+        if (sub := sub_of(command))
     }
     texts = []
     for program, sub in [("odmoe-node", ""), ("odmoe-predictor", ""), *(("odmoe", sub) for sub in sorted(named))]:
@@ -224,8 +228,11 @@ def all_help() -> str:
     return "\n".join(texts)
 
 
-def is_sub(command: list[str]) -> bool:
-    return len(command) > 1 and command[0] == "odmoe" and not command[1].startswith("-")
+def sub_of(command: list[str]) -> str:
+    """The subcommand, such as `serve` or `bench decode`; empty where there is none."""
+    program, *words = command
+    depth = 2 if words[:1] == ["bench"] else 1
+    return " ".join(takewhile(lambda word: not word.startswith("-"), words[:depth])) if program == "odmoe" else ""
 
 
 def unknown_urls(text: str) -> list[str]:
@@ -270,7 +277,7 @@ def broken_links(text: str, *, folder: Path) -> list[str]:
         path, _, anchor = target.partition("#")
         if "://" in target:
             continue
-        linked = (folder / path).read_text("utf-8") if path and (folder / path).is_file() else text
+        linked = (folder / path).read_text("utf-8") if anchor and path and (folder / path).is_file() else text
         if not (folder / path).exists() or (anchor and anchor not in anchors(linked)):
             found.append(target)
     return found
@@ -311,6 +318,8 @@ def test_the_documents_are_there() -> None:
         (missing_targets, "run `make nothing`"),
         (missing_targets, "```sh\ncd odmoe && make test NOTHING=1\n```\n"),
         (unknown_commands, "run `odmoe nothing`"),
+        (unknown_commands, "run `odmoe bench nothing`"),
+        (unknown_commands, "run `odmoe bench recall --nothing`"),
         (unknown_commands, "```sh\nodmoe serve \\\n  --nothing 1\n```\n"),
         (unknown_commands, "```sh\nOMP_NUM_THREADS=1 odmoe-node --nothing | cat\n```\n"),
         (unknown_flags, "with `--nothing N`"),
