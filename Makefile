@@ -12,6 +12,8 @@ VENV ?= .venv
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+# Requests that fuzz makes to each address, as many valid as invalid ones.
+EXAMPLES ?= 200
 PYTHON ?=
 # An extra package index to take torch from, such as https://download.pytorch.org/whl/cpu (see README.md).
 TORCH_INDEX ?=
@@ -31,6 +33,7 @@ help: ## show this list
 	@echo; echo "  PORT=8000       port of serve and chat"
 	@echo "  MODEL=          a prepared store, a checkpoint folder or a hub name, for serve (default: the built-in model)"
 	@echo "  ARGS=           further arguments for serve, chat, test and quick; for bench in place of --quick"
+	@echo "  EXAMPLES=200    requests of each kind that fuzz sends to each address"
 	@echo "  STORE= KEYS=    prepared store and folder of keys, for up (default: the built-in model; made when missing)"
 	@echo "  IMAGE_ARGS=     further arguments of docker build, for image and up"
 	@echo "  PYTHON=         Python to make the environment with, for setup (default: the first of 3.11, 3.12, 3.13)"
@@ -50,7 +53,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "setting up $(VENV) with $$python: a few minutes the first time"
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,bench,dev]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,bench,dev,fuzz]'
 	touch $(READY)
 
 .PHONY: serve
@@ -68,6 +71,10 @@ test: $(READY) ## the whole test suite (ARGS=)
 .PHONY: quick
 quick: $(READY) ## the tests that start no real processes and no default model (ARGS=)
 	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(READY) ## send the server what no client should, for some minutes (EXAMPLES=)
+	@exec env OMP_NUM_THREADS=1 ODMOE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
 
 .PHONY: bench
 bench: $(READY) ## measure decoding and forecasts; records go to tests/bench/results (ARGS=--no-quick)

@@ -3,11 +3,12 @@
 Everything particular to a family (activation, gating, interleaving, transposition, bias) comes from its own
 experts class in transformers, which is built on the meta device and lends its attributes; the weights come in
 with each call. The order of operations is that of the classes' eager forward, so that equal rows give equal bits.
+Rows may come in *runs*, so many rows of each, one behind the other: each run then gets the bits of a call of its own.
 
 Shape suffixes: N rows of one expert, H hidden size, I intermediate size, G gate and up together (2I, or I).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from odmoe_model.family import build_config, experts_class
 from odmoe_model.manifest import Manifest
+from odmoe_model.runs import blocks_agree, linear_by_blocks
 
 
 class ExpertMaths:
@@ -28,20 +30,31 @@ class ExpertMaths:
         self.up_name = "gate_up_proj" if self.experts.has_gate else "up_proj"
         in_up = {self.up_name, f"{self.up_name}_bias"}
         self.up_bytes = max(field.offset + field.size_bytes for field in manifest.record if field.name in in_up)
+        # Of the weights' names: those by which runs of one row are multiplied block by block.
+        self._by_blocks: frozenset[str] = frozenset()
 
-    def rows(self, fields: Mapping[str, Tensor], x_NH: Tensor) -> Tensor:
+    def prepare_for_runs(self, fields: Mapping[str, Tensor]) -> None:
+        """Find out how runs of one row are best multiplied on this machine. Without this they are right as well."""
+        if not (self.experts.is_transposed or self.experts.has_bias):
+            self._by_blocks = frozenset(name for name in (self.up_name, "down_proj") if blocks_agree(fields[name]))
+
+    def rows(self, fields: Mapping[str, Tensor], x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """The unweighted output [N, H] of the expert whose parameters are `fields` (see `record_fields`) for
-        all the rows it has to do in this layer. To get eager's bits, give it the same rows in one call and as many
-        threads: matrix products in float32 round by the shape and the split of the work."""
-        return self.down(fields, self.up(fields, x_NH))
+        all the rows it has to do in this layer. To get eager's bits, give it the same rows in one run and as many
+        threads: matrix products in float32 round by the shape and the split of the work. No `runs`: one of all rows."""
+        return self.down(fields, self.up(fields, x_NH, runs), runs)
 
-    def up(self, fields: Mapping[str, Tensor], x_NH: Tensor) -> Tensor:
+    def up(self, fields: Mapping[str, Tensor], x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """The first stage of `rows`, [N, I]; needs no more than the first `up_bytes` of the record to be there."""
-        return self.activate(self._project(x_NH, fields, self.up_name))
+        h_NG = self._project(x_NH, fields, self.up_name, runs)
+        if len(runs) < 2:
+            return self.activate(h_NG)
+        # What is done element by element may be done otherwise for the last few, so not together either.
+        return torch.cat([self.activate(run_NG) for run_NG in torch.split(h_NG, list(runs))])
 
-    def down(self, fields: Mapping[str, Tensor], h_NI: Tensor) -> Tensor:
+    def down(self, fields: Mapping[str, Tensor], h_NI: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """The second stage of `rows`, which makes its result out of the first one's."""
-        return self._project(h_NI, fields, "down_proj")
+        return self._project(h_NI, fields, "down_proj", runs)
 
     def activate(self, h_NG: Tensor) -> Tensor:
         """What lies between the two projections."""
@@ -56,5 +69,10 @@ class ExpertMaths:
         # Not addmm: the eager classes multiply and add in two steps, which rounds differently.
         return product if bias is None else product + bias
 
-    def _project(self, x: Tensor, fields: Mapping[str, Tensor], name: str) -> Tensor:
-        return self.linear(x, fields[name], fields[f"{name}_bias"] if self.experts.has_bias else None)
+    def _project(self, x: Tensor, fields: Mapping[str, Tensor], name: str, runs: Sequence[int]) -> Tensor:
+        weight, bias = fields[name], fields[f"{name}_bias"] if self.experts.has_bias else None
+        if len(runs) < 2:
+            return self.linear(x, weight, bias)
+        if name in self._by_blocks and max(runs) == 1:
+            return linear_by_blocks(x, weight)
+        return torch.cat([self.linear(run, weight, bias) for run in torch.split(x, list(runs))])

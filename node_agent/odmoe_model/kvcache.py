@@ -8,6 +8,7 @@ C channels, W width of a convolution's state.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -66,24 +67,24 @@ def import_cache(
 ) -> None:
     """Bring the cache to the state the entries describe: own positions from the first imported one on are
     replaced, those before it kept. Tensors are taken as they are (dtype and device are the caller's business).
-    The newest `keep` own positions stay behind the imported ones, which must reach up to them.
+    The newest `keep` own positions stay behind the imported ones, which must reach up to them; keys and values are
+    then written into the own tensors, so that it costs no more than the rows that came.
 
     Raises CacheError, with the cache unchanged, when the entries do not fit it or leave a gap."""
     _check_entries(cache, layers, tensors)
     if keep and (not layers or keep != cache.get_seq_length() - layers[0].length):
         raise CacheError(f"{keep} positions of a cache of {cache.get_seq_length()} do not follow the imported ones")
-    plans: list[tuple[Any, CacheLayer, list[Tensor]]] = []
-    start = 0
-    for index, (layer, entry) in enumerate(zip(cache.layers, layers, strict=True)):
-        given = list(tensors[start : start + entry.blobs])
-        start += entry.blobs
-        merged = _merged_kv(layer, entry, given, index) if entry.kind == "kv" else given
-        if keep:
-            merged = _with_newest(layer, merged, keep)
-        plans.append((layer, entry, merged))
+    given = _by_layer(cache, layers, tensors)
+    if keep:
+        _import_underneath(given, keep)
+        return
+    plans = [
+        (layer, entry, _merged_kv(layer, entry, brought, index) if entry.kind == "kv" else brought)
+        for index, (layer, entry, brought) in enumerate(given)
+    ]
     for layer, entry, merged in plans:
         if entry.kind == "kv":
-            _set_kv(layer, merged[0], merged[1], length=entry.length + keep)
+            _set_kv(layer, merged[0], merged[1], length=entry.length)
         else:
             _set_state(layer, merged[0])
 
@@ -194,6 +195,49 @@ def _check_entries(cache: DynamicCache, layers: Sequence[CacheLayer], tensors: S
             raise CacheError(f"layer {index}: the shape of a tensor does not fit")
 
 
+def _by_layer(
+    cache: DynamicCache, layers: Sequence[CacheLayer], tensors: Sequence[Tensor]
+) -> list[tuple[Any, CacheLayer, list[Tensor]]]:
+    """Each layer of the cache, what comes for it, and the tensors that brings."""
+    left = iter(tensors)
+    return [
+        (layer, entry, list(islice(left, entry.blobs))) for layer, entry in zip(cache.layers, layers, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _import_underneath(given: Sequence[tuple[Any, CacheLayer, list[Tensor]]], keep: int) -> None:
+    """Replace what lies before the newest `keep` positions. A forward has put those there, and with them the whole
+    tensors of the cache, so nobody else reads what is written to."""
+    plans = [
+        (_own_region(layer, entry, brought, index, keep=keep), layer, brought)
+        for index, (layer, entry, brought) in enumerate(given)
+    ]
+    for region, layer, brought in plans:
+        if isinstance(layer, LinearAttentionLayer):
+            layer.conv_states[0] = torch.cat([brought[0], region[0]], dim=-1)
+            continue
+        for own, new in zip(region, brought, strict=True):
+            own.copy_(new[..., new.shape[-2] - own.shape[-2] :, :])
+
+
+def _own_region(layer: Any, entry: CacheLayer, given: Sequence[Tensor], index: int, *, keep: int) -> list[Tensor]:
+    """Where in the own keys and values the given rows belong, as far back as there are any; of a state, the newest
+    positions, which are to follow it. Raises CacheError."""
+    own = [layer.conv_states[0]] if isinstance(layer, LinearAttentionLayer) else [layer.keys, layer.values]
+    if isinstance(layer, LinearAttentionLayer):
+        if own[0].shape[-1] < keep or own[0].shape[:2] != given[0].shape[:2] or own[0].dtype != given[0].dtype:
+            raise CacheError(f"layer {index}: {keep} positions cannot follow a state of {list(given[0].shape)}")
+        return [own[0][..., own[0].shape[-1] - keep :]]
+    end = own[0].shape[-2] - keep
+    if end < 0 or any(new.shape[-2] != entry.rows for new in given):
+        raise CacheError(f"layer {index}: {entry.rows} rows cannot lie before {keep} of {own[0].shape[-2]} positions")
+    for mine, new in zip(own, given, strict=True):
+        if mine.shape[1] != new.shape[1] or mine.shape[3] != new.shape[3] or mine.dtype != new.dtype:
+            raise CacheError(f"layer {index}: {list(new.shape)} rows do not fit a cache of {list(mine.shape)}")
+    return [mine[..., max(0, end - entry.rows) : end, :] for mine in own]
+
+
 def _merged_kv(layer: Any, entry: CacheLayer, given: Sequence[Tensor], index: int) -> list[Tensor]:
     """Own positions before the imported ones, then those."""
     first = entry.length - entry.rows
@@ -218,14 +262,6 @@ def _merged_kv(layer: Any, entry: CacheLayer, given: Sequence[Tensor], index: in
     if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
         merged = [tensor[..., -window:, :] for tensor in merged]
     return merged
-
-
-def _with_newest(layer: Any, merged: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """The layer's own newest positions behind what is to replace those before them."""
-    if isinstance(layer, LinearAttentionLayer):
-        return [torch.cat([merged[0], layer.conv_states[0][..., -keep:]], dim=-1)]
-    own = (layer.keys, layer.values)
-    return [torch.cat([new, old[..., -keep:, :]], dim=-2) for new, old in zip(merged, own, strict=True)]
 
 
 def _set_kv(layer: Any, keys_BhRD: Tensor, values_BhRD: Tensor, *, length: int) -> None:

@@ -24,18 +24,22 @@ class Router:
     """One MoE layer's gate; `extra` are the arguments its block passes besides the rows."""
 
     def __init__(self, module: Any, extra: tuple[Tensor | None, ...]) -> None:
-        self._module = module
-        self._extra = extra
+        self.module = module
+        self.extra = extra
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """index_TK: the experts of each row, as the family orders them."""
-        index_TK: Tensor = self._module(x_TH, *self._extra)[2]
-        return index_TK
+        return self.routed(x_TH)[1]
+
+    def routed(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_TE of all experts, index_TK of the chosen ones)."""
+        logits_TE, _, index_TK = self.module(x_TH, *self.extra)
+        return logits_TE, index_TK
 
     @property
     def held_bytes(self) -> int:
         """Bytes of its weights and buffers."""
-        tensors = [*self._module.parameters(), *self._module.buffers(), *(t for t in self._extra if t is not None)]
+        tensors = [*self.module.parameters(), *self.module.buffers(), *(t for t in self.extra if t is not None)]
         return sum(tensor.nbytes for tensor in tensors)
 
 

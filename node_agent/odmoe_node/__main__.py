@@ -1,6 +1,5 @@
 """The command `odmoe-node`: settings, signals, one agent until it is told to stop. The only place with signals."""
 
-import logging
 import signal
 import sys
 
@@ -12,6 +11,7 @@ from odmoe_node.build import build_agent
 from odmoe_node.config import NodeSettings
 from odmoe_node.driver import RefusedError
 from odmoe_node.identity import DefaultName
+from odmoe_wire import logs
 from odmoe_wire.lifeline import end_with_parent, settle_heap
 from odmoe_wire.settings import parse, table
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse(NodeSettings, sys.argv[1:] if argv is None else argv, prog="odmoe-node")
     if settings.exit_with_parent:
         end_with_parent(signal.SIGTERM)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format, role=settings.node_id or "node")
     torch.set_num_threads(settings.threads)
     Console().print(table(settings, title="odmoe-node"))
     try:

@@ -4,7 +4,7 @@ The two may begin in either order, each on its own thread: whoever orders the lo
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class ArrivingSlots(Protocol):
         """A load into the slot has been ordered, and may begin from now on."""
         ...
 
-    def rows_on_arrival(self, slot: int, x_NH: Tensor) -> tuple[Tensor, float]:
+    def rows_on_arrival(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> tuple[Tensor, float]:
         """`SlotBank.rows` while the slot's load is ordered or under way, or when it has ended; and the seconds of it
         that were spent waiting for bytes. The same bits. Raises RuntimeError (EndedEarlyError among them)."""
         ...

@@ -8,7 +8,7 @@ Shape suffixes: N rows of one expert, H hidden size, B bytes of a record.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from odmoe_model.experts import ExpertMaths
 from odmoe_model.store import ExpertStore
 from odmoe_node.bank_emulated import GIGABYTE, EmulatedBank
 from odmoe_node.bank_sliced import open_sliced
-from odmoe_node.pages import page_forgetter
+from odmoe_node.pages import fetch_pages, page_forgetter
 from odmoe_node.stopping import Stop, check
 
 Device = Literal["auto", "cpu", "cuda", "emulated"]
@@ -40,8 +40,9 @@ class SlotBank(Protocol):
         BrokenOffError soon after `stop` is set."""
         ...
 
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
-        """y_NH: the slot's expert on CPU rows, unweighted, back on the CPU. Raises RuntimeError."""
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
+        """y_NH: the slot's expert on CPU rows, unweighted, back on the CPU. Each of the `runs`, which have so many
+        rows each, gets the bits of a call of its own; without, all rows are one. Raises RuntimeError."""
         ...
 
 
@@ -65,6 +66,7 @@ class CpuBank:
         self._slots_B = list(arena_SB)
         self._fields = [store.fields(slot_B) for slot_B in self._slots_B]
         self._maths = ExpertMaths(store.manifest)
+        self._maths.prepare_for_runs(self._fields[0])
 
     def load(self, slot: int, layer: int, expert: int, *, stop: Stop | None = None) -> float:
         """See `SlotBank.load`."""
@@ -74,15 +76,16 @@ class CpuBank:
             for start in range(0, self.record_bytes, self.CHUNK_BYTES):
                 check(stop)
                 end = start + self.CHUNK_BYTES
+                fetch_pages(record_B[start:end])
                 self._slots_B[slot][start:end].copy_(record_B[start:end])
         finally:
             self._forget(record_B)
         return time.perf_counter() - began_s
 
     @torch.inference_mode()
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """See `SlotBank.rows`."""
-        return self._maths.rows(self._fields[slot], x_NH)
+        return self._maths.rows(self._fields[slot], x_NH, runs)
 
 
 class CudaBank:
@@ -121,6 +124,7 @@ class CudaBank:
                 for i, start in enumerate(range(0, self.record_bytes, chunk_bytes)):
                     check(stop)  # the next load comes on this stream, behind what was sent of this one
                     source = record_B[start : start + chunk_bytes]
+                    fetch_pages(source)
                     staging, sent = self._staging[i % 2][: source.numel()], self._sent[i % 2]
                     sent.synchronize()  # the buffer's former content has gone out
                     staging.copy_(source)
@@ -132,9 +136,9 @@ class CudaBank:
         return time.perf_counter() - began_s
 
     @torch.inference_mode()
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """See `SlotBank.rows`."""
-        return self._maths.rows(self._fields[slot], x_NH.to(self._device)).cpu()
+        return self._maths.rows(self._fields[slot], x_NH.to(self._device), runs).cpu()
 
 
 def open_bank(

@@ -9,7 +9,7 @@ import mmap
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -117,6 +117,7 @@ class EmulatedBank:
         self._slots: list[dict[str, Tensor] | None] = [None] * num_slots
         self._arrivals = [Arrival() for _ in range(num_slots)]
         self._maths = ExpertMaths(store.manifest)
+        self._maths.prepare_for_runs(store.fields(store.record(0, 0)))
         touch_records(store)
 
     def load(self, slot: int, layer: int, expert: int, *, stop: Stop | None = None) -> float:
@@ -137,28 +138,28 @@ class EmulatedBank:
         return self._clock() - began_s
 
     @torch.inference_mode()
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """See `SlotBank.rows`."""
         fields = self._slots[slot]
         assert fields is not None, f"slot {slot} holds nothing"
-        return self._maths.rows(fields, x_NH)
+        return self._maths.rows(fields, x_NH, runs)
 
     def expect(self, slot: int) -> None:
         """See `ArrivingSlots.expect`."""
         self._arrivals[slot] = Arrival()
 
     @torch.inference_mode()
-    def rows_on_arrival(self, slot: int, x_NH: Tensor) -> tuple[Tensor, float]:
+    def rows_on_arrival(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> tuple[Tensor, float]:
         """See `ArrivingSlots.rows_on_arrival`. Bytes come in the record's order, as fast as the link brings them."""
         arrival, began_s = self._arrivals[slot], self._clock()
         fields, end_s = arrival.under_way()
         self._await_bytes(arrival, end_s - self._link.part_s(self.record_bytes - self._maths.up_bytes))
         waited_s = self._clock() - began_s
-        h_NI = self._maths.up(fields, x_NH)
+        h_NI = self._maths.up(fields, x_NH, runs)
         began_s = self._clock()
         self._await_bytes(arrival, end_s)
         waited_s += self._clock() - began_s
-        return self._maths.down(fields, h_NI), waited_s
+        return self._maths.down(fields, h_NI, runs), waited_s
 
     def _await_bytes(self, arrival: Arrival, until_s: float) -> None:
         """Sleep until then by itself: to be woken by the thread of the load would take longer."""

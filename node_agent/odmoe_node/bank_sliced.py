@@ -62,17 +62,21 @@ class SlicedBank:
         return time.perf_counter() - began_s
 
     @torch.inference_mode()
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
-        """See `SlotBank.rows`; raises OSError too. Sums in float32 where the weights have fewer bits."""
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
+        """See `SlotBank.rows`; raises OSError too. Sums in float32 where the weights have fewer bits. All runs are
+        computed while a slice is there."""
         x_on_device_NH = x_NH.to(self._carrier.device)
         wide = torch.promote_types(x_NH.dtype, torch.float32)
         y_NH = torch.zeros(x_NH.shape, dtype=wide, device=self._carrier.device)
         num_slices, num_buffers = len(self._plan.bounds), self._plan.num_buffers
         coming = [self._order(number) for number in range(num_buffers)]
+        lengths = list(runs) or [x_NH.shape[0]]
+        x_runs, y_runs = torch.split(x_on_device_NH, lengths), torch.split(y_NH, lengths)
         for number in range(num_slices):
             buffer = number % num_buffers
             coming[buffer].result()
-            y_NH += self._maths.rows(self._parts[buffer], x_on_device_NH)
+            for x_RH, y_RH in zip(x_runs, y_runs, strict=True):
+                y_RH.add_(self._maths.rows(self._parts[buffer], x_RH))
             self._carrier.used(buffer)
             if number + num_buffers < num_slices:
                 coming[buffer] = self._order(number + num_buffers)

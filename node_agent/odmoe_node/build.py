@@ -17,6 +17,7 @@ from odmoe_wire.checks import Limits
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.link import DealerLink
 from odmoe_wire.messages import Hello, ToNode
+from odmoe_wire.pulse import PulsingLink
 
 
 def limits_of(manifest: Manifest) -> Limits:
@@ -70,7 +71,7 @@ def build_agent(settings: NodeSettings, *, node_id: str, context: "zmq.Context[z
     return NodeAgent(
         hello_of(store.manifest, node_id=node_id, slots=slots, budget_bytes=budget_bytes, load_us=load_us),
         bank=bank,
-        server=server,
+        server=server if settings.health_file is None else PulsingLink(server, file=settings.health_file),
         predictor=predictor,
         hello_every_s=settings.hello_every_s,
         torch_threads=settings.threads,

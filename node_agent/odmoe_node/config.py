@@ -8,6 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from odmoe_node.bank import Device
 from odmoe_wire.checks import is_peer_id
+from odmoe_wire.logs import LogFormat
 from odmoe_wire.settings import RoleSettings
 
 MEGABYTE = 1_000_000
@@ -54,6 +55,10 @@ class NodeSettings(RoleSettings):
     keys_dir: Path | None = Field(None, description="directory of CURVE keys; needed for endpoints on other hosts")
     hello_every_s: float = Field(0.25, gt=0, le=60, description="pace of hellos while there is no server")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_format: LogFormat = Field("text", description="how: lines for people, or one JSON object a line")
+    health_file: Path | None = Field(
+        None, description="file to touch with each life sign while the server has taken us in; for health checks"
+    )
     exit_with_parent: bool = Field(False, description="end when the parent process ends, however it ends (Linux)")
 
     @field_validator("node_id")

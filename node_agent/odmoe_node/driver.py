@@ -40,6 +40,7 @@ from odmoe_node.events import (
 )
 from odmoe_node.lanes import Inbox, InlineLane, Job, Lane, ThreadLane
 from odmoe_node.memory import resident_bytes
+from odmoe_node.requests import runs_of
 from odmoe_node.state import NodeState
 from odmoe_node.stopping import BrokenOffError
 from odmoe_wire.codec import Blob, Received
@@ -82,9 +83,10 @@ class RefusedError(Exception):
 
 @dataclass(slots=True, eq=False)
 class InHand:
-    """Rows of a request: per expert those to compute, and those computed."""
+    """Rows of a request: per expert those to compute, how they are cut into runs, and those computed."""
 
     rows: dict[int, Tensor]  # expert -> x_NH
+    runs: dict[int, tuple[int, ...]]
     outputs: dict[int, Tensor] = field(default_factory=dict)  # expert -> y_NH
 
 
@@ -195,6 +197,17 @@ class NodeAgent:
             load_s_total=counters.load_s,
             compute_s_total=counters.compute_s,
             protocol_errors_total=sum(peer.link.protocol_errors for peer in self._peers.values()),
+            loads_broken_off_total=counters.loads_broken_off,
+            broken_off_s_total=counters.broken_off_s,
+            evictions_total=counters.evictions,
+            late_forecasts_total=counters.late_forecasts,
+            overflowed_total=counters.overflowed,
+            stale_total=counters.stale,
+            duplicates_total=counters.duplicates,
+            expired_total=counters.expired,
+            undelivered_total=self.undelivered,
+            loop_errors_total=self.loop_errors,
+            load_counts=list(counters.load_counts),
         )
 
     def _turn(self) -> None:
@@ -309,7 +322,7 @@ class NodeAgent:
         if not self.state.in_hand(message.request_id):
             rows_TH = from_blob(received.blobs[0])
             rows = dict(zip(message.experts, torch.split(rows_TH, message.counts), strict=True))
-            self._in_hand[message.request_id] = InHand(rows)
+            self._in_hand[message.request_id] = InHand(rows, runs_of(message))
         self._do(Told(message, received.epoch), now)
         if not self.state.in_hand(message.request_id):  # stale, or repeated after its end
             self._in_hand.pop(message.request_id, None)
@@ -323,6 +336,8 @@ class NodeAgent:
         for action in actions:
             self._act(action)
         if len(self._mentions) >= MAX_MENTIONS or any(isinstance(action, Answer) for action in actions):
+            self._mention(now)
+        elif self._mentions and self.state.tells_held:  # who decides by what is in the slots must not wait for it
             self._mention(now)
 
     def _act(self, action: Action) -> None:
@@ -339,6 +354,8 @@ class NodeAgent:
                     self._computes.submit(self._compute_job(action))
             case Answer(message=message):
                 in_hand = self._in_hand.pop(message.request_id)
+                if isinstance(message, Result) and self.state.tells_held:
+                    message = msgspec.structs.replace(message, held=self.state.held())
                 self._send(self._server, message, blobs=_result_blobs(message, in_hand))
             case Forget(request_id=request_id):
                 del self._in_hand[request_id]
@@ -352,9 +369,10 @@ class NodeAgent:
     def _mention(self, now: float) -> None:
         """Tell the server of the loads that ended lately."""
         mentions, self._mentions = self._mentions, []
+        held = self.state.held()
         for mention in mentions:
             ago_s = max(0.0, now - mention.ended_s)
-            self._send(self._server, msgspec.structs.replace(mention.message, ago_s=ago_s))
+            self._send(self._server, msgspec.structs.replace(mention.message, ago_s=ago_s, held=held))
 
     def _load_job(self, order: StartLoad) -> Job:
         stop, (layer, expert) = self._stops[order.slot], order.key
@@ -376,12 +394,13 @@ class NodeAgent:
         in_hand, expert = self._in_hand[order.request_id], order.key.expert
 
         def run() -> Event:
-            began_s, waited_s, x_NH = monotonic(), 0.0, in_hand.rows[expert]
+            began_s, waited_s = monotonic(), 0.0
+            x_NH, runs = in_hand.rows[expert], in_hand.runs[expert]
             if order.on_arrival:
                 assert self._arriving is not None, "the state was told so"
-                in_hand.outputs[expert], waited_s = self._arriving.rows_on_arrival(order.slot, x_NH)
+                in_hand.outputs[expert], waited_s = self._arriving.rows_on_arrival(order.slot, x_NH, runs)
             else:
-                in_hand.outputs[expert] = self._bank.rows(order.slot, x_NH)
+                in_hand.outputs[expert] = self._bank.rows(order.slot, x_NH, runs)
             return ComputeDone(order.slot, monotonic() - began_s - waited_s, waited_s)
 
         return Job(run, lambda reason: ComputeBroke(order.slot, reason))

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from odmoe_node.counters import Counters
 from odmoe_node.events import BreakOff, ExpertKey, StartLoad
-from odmoe_node.eviction import choose_victim
+from odmoe_node.eviction import Leaving, choose_victim
 from odmoe_node.requests import RequestBook
 from odmoe_node.slots import FREE, Loading, Ready, Resting, SlotTable
 from odmoe_node.wants import Kind, Rank, WantBook
@@ -30,6 +30,7 @@ class Loader:
         self, slots: SlotTable, *, wants: WantBook, requests: RequestBook, counters: Counters, max_loading: int
     ) -> None:
         self.max_loading = max_loading
+        self.leaving: Leaving = {}
         self._slots = slots
         self._wants = wants
         self._requests = requests
@@ -49,8 +50,7 @@ class Loader:
 
     def loaded(self, load_s: float) -> None:
         """A load ran to its end and took `load_s`."""
-        self._counters.loads += 1
-        self._counters.load_s += load_s
+        self._counters.loaded(load_s)
         self._typical_s = load_s
 
     def stopped(self, slot: int, load_s: float) -> None:
@@ -117,12 +117,13 @@ class Loader:
             return slot
         resting = self._slots.resting()
         if resting:
-            victim = choose_victim(resting)
+            victim = choose_victim(resting, self.leaving)
         else:
             last = self._needed_last()
             if last is None or (before is not None and last[0] <= before):
                 return None
             victim = last[1]
+        self._counters.evictions += 1
         self.free(victim)
         return victim
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from odmoe_node.events import ExpertKey
@@ -38,9 +39,9 @@ class Request:
     def key(self, expert: int) -> ExpertKey:
         return ExpertKey(self.message.layer, expert)
 
-    def rows(self, expert: int) -> int:
-        """How many token rows the expert is to compute."""
-        return self.message.counts[self.message.experts.index(expert)]
+    def runs(self, expert: int) -> tuple[int, ...]:
+        """How many token rows each run of the expert has."""
+        return runs_of(self.message)[expert]
 
     def waiting(self) -> list[int]:
         """Experts whose computing has not begun."""
@@ -49,6 +50,16 @@ class Request:
     def result(self) -> Result:
         timings = [self.timings[expert] for expert in self.message.experts]
         return Result(request_id=self.request_id, layer=self.message.layer, timings=timings)
+
+
+def runs_of(message: Compute) -> dict[int, tuple[int, ...]]:
+    """Expert -> its runs."""
+    experts, counts = message.experts, message.counts
+    if not message.runs:
+        return {expert: (count,) for expert, count in zip(experts, counts, strict=True)}
+    ends = {end: number for number, end in enumerate(accumulate(message.runs), start=1)}
+    cuts = [0, *(ends[end] for end in accumulate(counts))]
+    return {expert: tuple(message.runs[cuts[i] : cuts[i + 1]]) for i, expert in enumerate(experts)}
 
 
 class RequestBook:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from odmoe_model.manifest import align
 from odmoe_node.bank_emulated import EmulatedLink
+from odmoe_node.pages import fetch_pages
 from odmoe_node.stopping import Stop, check
 
 
@@ -56,6 +57,7 @@ class HostCarrier:
         parts = lay_out(self._places_B[place], sources)
         for part, source in zip(parts, sources, strict=True):
             check(stop)
+            fetch_pages(source)
             part.copy_(source)
         return parts
 
@@ -88,6 +90,7 @@ class CudaCarrier:
             self._copies.wait_event(self._used[place])
             for part, staged, source in zip(parts, lay_out(self._staging_B, sources), sources, strict=True):
                 check(stop)
+                fetch_pages(source)
                 staged.copy_(source)
                 part.copy_(staged, non_blocking=True)
         self._copies.synchronize()

@@ -112,6 +112,10 @@ class SlotTable:
     def resting(self) -> dict[int, Resting]:
         return self._in_state(Resting)
 
+    def whole(self) -> list[ExpertKey]:
+        """Experts whose load has brought them, and that are in a slot still."""
+        return [key for key, slot in self._by_key.items() if _is_whole(self._slots[slot])]
+
     def find(self, key: ExpertKey) -> Slot | None:
         slot = self._by_key.get(key)
         return None if slot is None else self._slots[slot]
@@ -145,3 +149,7 @@ class SlotTable:
         assert {key: slot for slot, key in held.items()} == self._by_key
         assert sorted(self._free) == sorted(set(range(len(self))) - set(held))
         assert self._loading == sum(isinstance(state, Loading | Riding) for _, state in self)
+
+
+def _is_whole(state: Slot) -> bool:
+    return isinstance(state, Ready | Resting) or (isinstance(state, Computing) and state.is_whole)

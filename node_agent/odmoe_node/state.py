@@ -2,12 +2,12 @@
 
 The rules (design, section 7): slots are filled in the order in which experts are needed; an expert in a slot
 is used as it is, one that is loading is waited for (or computed as it arrives, if the bank can), one that is missing is
-loaded at once ahead of all forecasts; an expert that nobody wants any more leaves its slot at once, or, in mode
-"lru", when room is needed.
+loaded at once ahead of all forecasts; an expert that nobody wants any more leaves its slot at once, or, in modes
+"lru" and "importance", when room is needed.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Literal, assert_never
 
@@ -30,6 +30,7 @@ from odmoe_node.events import (
     Tick,
     Told,
 )
+from odmoe_node.eviction import leaving_in_turn
 from odmoe_node.loader import Loader
 from odmoe_node.pace import Pace
 from odmoe_node.requests import Outcome, Request, RequestBook
@@ -39,6 +40,7 @@ from odmoe_wire.messages import (
     Cancel,
     Compute,
     ComputeFailed,
+    ExpertRef,
     Load,
     Loaded,
     LoadFailed,
@@ -122,12 +124,21 @@ class NodeState:
         request = self._requests.get(order.request_id)
         if request is None or len(self._slots) > 1 or order.on_arrival:
             return False
-        return self._pace.at_most_s(request.rows(order.key.expert)) <= BRIEF_S
+        return self._pace.at_most_s(request.runs(order.key.expert)) <= BRIEF_S
 
     @property
     def awaits_load(self) -> bool:
         """Whether anything could begin if a load ended now."""
         return self._loader.is_awaited()
+
+    @property
+    def tells_held(self) -> bool:
+        """Whether the server wants to know at all times what is in the slots."""
+        return self._mode == "importance"
+
+    def held(self) -> list[ExpertRef]:
+        """What the server is told of the slots: the experts that lie whole in them; nothing if it need not know."""
+        return [ExpertRef(*key) for key in self._slots.whole()] if self.tells_held else []
 
     def slot(self, number: int) -> Slot:
         return self._slots[number]
@@ -221,6 +232,8 @@ class NodeState:
             self._count_cancelled(orphans)
 
     def _on_load(self, message: Load) -> None:
+        if message.leaving:
+            self._loader.leaving = leaving_in_turn(message.leaving)
         for span in message.spans:
             if not self._wants.add_certain(span, message.layer, message.experts):
                 self.counters.overflowed += 1
@@ -232,6 +245,8 @@ class NodeState:
         if self._requests.seen(message.request_id):
             self.counters.duplicates += 1
             return
+        if message.leaving:
+            self._loader.leaving = leaving_in_turn(message.leaving)
         keys = [ExpertKey(message.layer, expert) for expert in message.experts]
         foreseen = frozenset(key.expert for key in keys if self._wants.wanted(key))
         self._requests.open(message, now, {key.expert: self._outcome(key) for key in keys}, foreseen)
@@ -264,7 +279,7 @@ class NodeState:
             self._slots.put(event.slot, Computing(state.key, state.request_id, state.number))
         else:
             self._slots.put(event.slot, Ready(state.key, used=state.used, used_s=now))
-        if isinstance(state, Riding) or self._is_wanted(state.key):
+        if isinstance(state, Riding) or self._is_wanted(state.key) or self.tells_held:
             loaded = Loaded(
                 layer=state.key.layer,
                 expert=state.key.expert,
@@ -298,7 +313,7 @@ class NodeState:
         request, key = self._end_computing(event.slot, now)
         if request is None:
             return
-        self._pace.took(request.rows(key.expert), event.compute_s)
+        self._pace.took(request.runs(key.expert), event.compute_s)
         if self._requests.finish(request, key.expert, event.compute_s, waited_s=event.waited_s):
             self._requests.close(request)
             self._answers.append(Answer(request.result()))
@@ -413,10 +428,8 @@ class NodeState:
     def _is_wanted(self, key: ExpertKey) -> bool:
         return self._wants.wanted(key) or self._requests.waited_for(key)
 
-    def _pass_by(self, spans: Iterable[Span], layer: int, *, needed: Collection[int], all_of_layer: bool) -> None:
-        for span in spans:
-            orphans = self._wants.pass_by(span, layer, needed=needed, all_of_layer=all_of_layer)
-            self._count_cancelled(orphans)
+    def _pass_by(self, spans: Sequence[Span], layer: int, *, needed: Collection[int], all_of_layer: bool) -> None:
+        self._count_cancelled(self._wants.pass_by(spans, layer, needed=needed, all_of_layer=all_of_layer))
 
     def _count_cancelled(self, orphans: Collection[ExpertKey]) -> None:
         """Of the keys no plan wants any more, count those that were never begun."""
@@ -434,6 +447,7 @@ class NodeState:
         self._actions += [Forget(request.request_id) for request in self._requests.all()]
         self._wants.clear()
         self._requests.clear()
+        self._loader.leaving = {}
         self._welcomed, self._first_epoch, self._epoch, self._mode = False, None, 0, "on-demand"
 
     def _note(self, now: float, what: str, item: object) -> None:
@@ -451,7 +465,7 @@ class NodeState:
                     assert self._wants.wanted(key), f"slot {slot} holds {key}, which nobody wants"
                     assert not self._requests.waited_for(key), f"slot {slot}: {key} waits to be computed"
                 case Resting(key=key):
-                    assert self._mode == "lru", f"slot {slot}: {key} rests"
+                    assert self._mode != "on-demand", f"slot {slot}: {key} rests"
                     assert not self._is_wanted(key), f"slot {slot}: {key} rests, but is wanted"
                 case Loading(key=key, unwanted=unwanted):
                     assert unwanted is not self._is_wanted(key)

@@ -1,16 +1,17 @@
 """Which experts are wanted, by whom, and which of them is needed first. Pure: no clock, no slots, no tensors.
 
 A *plan* is what one forecast (`Schedule`) or one certain order (`Load`) wants for one span at one layer. A
-key is wanted while some plan names it. The *horizon* of a sequence is how far the server's gates have
-spoken: forecasts at or before it are void, those that arrive later than it are late.
+key is wanted while some plan names it. Where the gates have spoken (`progress`), forecasts are void, and late if they
+come then. All that a step takes goes through the model together, layer by layer, so this is the order of its experts.
 """
 
 import heapq
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from odmoe_node.events import ExpertKey
+from odmoe_node.progress import Block, Progress, last_of
 from odmoe_node.recent import Recent
 from odmoe_wire.messages import Span
 
@@ -25,39 +26,33 @@ class Kind(IntEnum):
 
 
 Rank = tuple[Kind, int, int]
-"""(kind, when the span was first heard of, layer): smaller is needed earlier."""
+"""(kind, number of the step, layer): smaller is needed earlier."""
 
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """Experts wanted for positions `first`..`last` of a sequence at a layer."""
+    """Experts wanted for positions `first`..`last` of a sequence at a layer, `due` when `Progress` says."""
 
     kind: Kind
     sequence: int
     first: int
     last: int
     layer: int
-    order: int
+    due: tuple[int, int]
     experts: set[int] = field(default_factory=set)
 
     @property
     def rank(self) -> Rank:
-        return (self.kind, self.order, self.layer)
+        return (self.kind, self.due[0], self.layer)
 
-
-@dataclass(frozen=True, slots=True)
-class Horizon:
-    """The gates have spoken for all before `first`, and for `first`..`last` up to and with `layer`."""
-
-    first: int
-    last: int
-    layer: int
-
-    def is_past(self, *, last: int, layer: int) -> bool:
-        return last < self.first or (last <= self.last and layer <= self.layer)
+    @property
+    def turn(self) -> tuple[Rank, int]:
+        """Its rank; among equals, what is certain to be computed goes before what may be."""
+        return self.rank, self.due[1]
 
 
 PlanId = tuple[Kind, int, int]  # kind, first position, layer; within a sequence
+Entry = tuple[tuple[Rank, int], int, int, Plan]  # turn, expert, tie breaker, plan
 
 
 class WantBook:
@@ -68,11 +63,9 @@ class WantBook:
         self._num_wants = 0
         self._plans: dict[int, dict[PlanId, Plan]] = {}
         self._by_key: dict[ExpertKey, list[Plan]] = {}
-        self._queue: list[tuple[Rank, int, int, Plan]] = []  # rank, expert, tie breaker, plan
+        self._queue: list[Entry] = []
         self._tie = 0
-        self._next_order = 0
-        self._span_order: dict[int, dict[int, int]] = {}  # sequence -> first position -> order
-        self._horizons: Recent[int, Horizon] = Recent(MAX_REMEMBERED_SEQUENCES)
+        self._progress = Progress()
         self._ended: Recent[int, None] = Recent(MAX_REMEMBERED_SEQUENCES)
 
     # ---------------------------------------------------------------------------------------------- questions
@@ -90,9 +83,7 @@ class WantBook:
     def is_late(self, span: Span, layer: int) -> bool:
         """Whether a forecast comes too late: the sequence is over, or its gates have spoken for this
         layer."""
-        horizon = self._horizons.get(span.sequence)
-        late = horizon is not None and horizon.is_past(last=_last(span), layer=layer)
-        return late or span.sequence in self._ended
+        return self._progress.is_past(span, layer) or span.sequence in self._ended
 
     def first(self, *, resident: Container[ExpertKey]) -> ExpertKey | None:
         """The key needed earliest among those wanted and not `resident`."""
@@ -125,18 +116,22 @@ class WantBook:
         self._extend(self._plan(Kind.CERTAIN, span, layer), experts)
         return True
 
-    def pass_by(self, span: Span, layer: int, *, needed: Collection[int], all_of_layer: bool) -> list[ExpertKey]:
-        """The gates have spoken for the span at the layer; `needed` experts are taken over by a compute.
+    def pass_by(
+        self, spans: Sequence[Span], layer: int, *, needed: Collection[int], all_of_layer: bool
+    ) -> list[ExpertKey]:
+        """The gates of a step have spoken for its spans at the layer; `needed` experts are taken over by a compute.
 
         Forecasts at or before that are void. Certain wants go when the layer is behind, when they are needed
         now, or with `all_of_layer` (the server released this layer). Returns the keys no plan wants any more.
         """
-        passed = Horizon(span.position, _last(span), layer)
-        self._move_horizon(span.sequence, passed)
+        step = self._progress.step
+        passed = self._progress.pass_by(spans, layer)
         orphans: list[ExpertKey] = []
-        for plan in list(self._plans.get(span.sequence, {}).values()):
-            orphans += self._shrink(plan, _void_experts(plan, passed, needed, all_of_layer))
-        self._prune_span_order(span.sequence)
+        for sequence, block in passed.items():
+            for plan in list(self._plans.get(sequence, {}).values()):
+                orphans += self._shrink(plan, _void_experts(plan, block, needed, all_of_layer))
+        if self._progress.step != step:
+            self._reorder()
         return orphans
 
     def roll_back(self, sequence: int, position: int) -> list[ExpertKey]:
@@ -146,16 +141,16 @@ class WantBook:
         for plan in list(self._plans.get(sequence, {}).values()):
             if plan.kind is Kind.FORECAST and plan.first >= position:
                 orphans += self._shrink(plan, plan.experts)
+        self._progress.roll_back(sequence, position)
         return orphans
 
     def end(self, sequence: int) -> list[ExpertKey]:
         """The sequence is over; later forecasts for it are late. Returns the keys no plan wants any more."""
         self._ended.put(sequence, None)
-        self._horizons.discard(sequence)
+        self._progress.forget(sequence)
         orphans: list[ExpertKey] = []
         for plan in list(self._plans.get(sequence, {}).values()):
             orphans += self._shrink(plan, plan.experts)
-        self._span_order.pop(sequence, None)
         return orphans
 
     def drop(self, key: ExpertKey) -> None:
@@ -169,13 +164,13 @@ class WantBook:
             self._push(plan, key.expert)
 
     def clear(self) -> None:
-        """Forget all, horizons and ended sequences too: another server counts its sequences anew."""
+        """Forget all, ended sequences too: another server counts its sequences anew."""
         self._num_wants = 0
-        for memory in (self._plans, self._by_key, self._queue, self._span_order, self._horizons, self._ended):
+        for memory in (self._plans, self._by_key, self._queue, self._progress, self._ended):
             memory.clear()
 
     def check_integrity(self) -> None:
-        """Assert that both indices tell the same."""
+        """Assert that both indices tell the same, and that nothing waits in a place that is not its own."""
         pairs = {
             (id(plan), expert) for plans in self._plans.values() for plan in plans.values() for expert in plan.experts
         }
@@ -185,6 +180,7 @@ class WantBook:
         assert self._num_wants <= self._max_wants
         assert all(plan.experts for plans in self._plans.values() for plan in plans.values())
         assert all(self._plans.values())
+        assert all(turn == plan.turn for turn, expert, _, plan in self._queue if self._is_live(plan, expert))
 
     # ---------------------------------------------------------------------------------------------- internals
 
@@ -195,17 +191,28 @@ class WantBook:
         plans = self._plans.setdefault(span.sequence, {})
         plan = plans.get((kind, span.position, layer))
         if plan is None:
-            plan = Plan(kind, span.sequence, span.position, _last(span), layer, self._order_of(span))
+            due = self._progress.due(span.sequence, span.position)
+            plan = Plan(kind, span.sequence, span.position, last_of(span), layer, due)
             plans[kind, span.position, layer] = plan
-        plan.last = max(plan.last, _last(span))
+        plan.last = max(plan.last, last_of(span))
         return plan
 
-    def _order_of(self, span: Span) -> int:
-        orders = self._span_order.setdefault(span.sequence, {})
-        if span.position not in orders:
-            orders[span.position] = self._next_order
-            self._next_order += 1
-        return orders[span.position]
+    def _all(self) -> Iterator[Plan]:
+        for plans in self._plans.values():
+            yield from plans.values()
+
+    def _reorder(self) -> None:
+        """Another step has begun; where it is not the one that was expected, experts are due at other times."""
+        moved = False
+        for plan in self._all():
+            due = self._progress.due(plan.sequence, plan.first)
+            moved = moved or due != plan.due
+            plan.due = due
+        if moved:
+            self._queue.clear()
+            for plan in self._all():
+                for expert in plan.experts:
+                    self._push(plan, expert)
 
     def _extend(self, plan: Plan, experts: set[int]) -> None:
         for expert in experts - plan.experts:
@@ -239,35 +246,13 @@ class WantBook:
 
     def _push(self, plan: Plan, expert: int) -> None:
         self._tie += 1
-        heapq.heappush(self._queue, (plan.rank, expert, self._tie, plan))
+        heapq.heappush(self._queue, (plan.turn, expert, self._tie, plan))
         if len(self._queue) > 64 + 4 * self._num_wants:
             self._queue = [entry for entry in self._queue if self._is_live(entry[3], entry[1])]
             heapq.heapify(self._queue)
 
-    def _move_horizon(self, sequence: int, passed: Horizon) -> None:
-        before = self._horizons.get(sequence)
-        if before is not None and passed.first < before.first:
-            return
-        if before is not None and passed.first == before.first:
-            passed = Horizon(passed.first, max(before.last, passed.last), max(before.layer, passed.layer))
-        self._horizons.put(sequence, passed)
 
-    def _prune_span_order(self, sequence: int) -> None:
-        orders, horizon = self._span_order.get(sequence), self._horizons.get(sequence)
-        if orders is None or horizon is None:
-            return
-        planned = {plan.first for plan in self._plans.get(sequence, {}).values()}
-        for position in [p for p in orders if p < horizon.first and p not in planned]:
-            del orders[position]
-        if not orders:
-            del self._span_order[sequence]
-
-
-def _last(span: Span) -> int:
-    return span.position + max(span.length, 1) - 1
-
-
-def _void_experts(plan: Plan, passed: Horizon, needed: Collection[int], all_of_layer: bool) -> Collection[int]:
+def _void_experts(plan: Plan, passed: Block, needed: Collection[int], all_of_layer: bool) -> Collection[int]:
     """The experts a plan no longer wants once the gates have `passed`."""
     covered = plan.layer == passed.layer and plan.last <= passed.last
     if plan.kind is Kind.FORECAST:

@@ -7,6 +7,7 @@ Types and field names are msgspec's business; here are the rules a type cannot e
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import msgspec
@@ -97,6 +98,14 @@ def _experts(experts: Sequence[int], limits: Limits) -> None:
         _count(max(experts), "expert", bound=bound)
 
 
+def _refs(refs: Sequence[m.ExpertRef], limits: Limits) -> None:
+    if len(refs) > limits.max_experts or len(set(refs)) != len(refs):
+        raise ProtocolError("experts are too many or repeated")
+    for ref in refs:
+        _layer(ref.layer, limits)
+    _experts(list({ref.expert for ref in refs}), limits)
+
+
 def _span(span: m.Span, limits: Limits) -> None:
     _count(span.sequence, "sequence")
     _count(span.position, "position", bound=limits.max_position)
@@ -139,8 +148,26 @@ def _compute(message: m.Compute, blobs: Sequence[BlobSpec], limits: Limits) -> N
     rows = _rows(blobs, limits)
     if sum(counts) != rows:
         raise ProtocolError(f"counts sum to {sum(counts)}, the blob has {rows} rows")
+    if message.runs:
+        _runs(message.runs, counts)
+    _refs(message.leaving, limits)
     if not 0.0 < message.ttl_s <= limits.max_ttl_s:
         raise ProtocolError(f"ttl_s {message.ttl_s} is not in (0, {limits.max_ttl_s}]")
+
+
+def _runs(runs: Sequence[int], counts: Sequence[int]) -> None:
+    """Runs cut the rows anew, and never across the border between two experts. There are no more of them than rows."""
+    require(min(runs) >= 1, "every run needs at least one row")
+    if sum(runs) != sum(counts):
+        raise ProtocolError(f"runs sum to {sum(runs)}, counts to {sum(counts)}")
+    require(set(accumulate(counts)) <= set(accumulate(runs)), "a run goes from one expert to the next")
+
+
+def _tokens(tokens: Sequence[int], limits: Limits) -> None:
+    require(len(tokens) <= limits.max_tokens, "too many tokens")
+    if tokens:
+        _count(min(tokens), "token", bound=1 << 31)
+        _count(max(tokens), "token", bound=1 << 31)
 
 
 def _result(message: m.Result, blobs: Sequence[BlobSpec], limits: Limits) -> None:
@@ -150,16 +177,14 @@ def _result(message: m.Result, blobs: Sequence[BlobSpec], limits: Limits) -> Non
     for timing in message.timings:
         _duration(timing.wait_s, "wait_s")
         _duration(timing.compute_s, "compute_s")
+    _refs(message.held, limits)
     _rows(blobs, limits)
 
 
 def _align(message: m.Align, blobs: Sequence[BlobSpec], limits: Limits) -> None:
     _count(message.sequence, "sequence")
     _count(message.position, "position", bound=limits.max_position)
-    require(len(message.tokens) <= limits.max_tokens, "too many tokens")
-    if message.tokens:
-        _count(min(message.tokens), "token", bound=1 << 31)
-        _count(max(message.tokens), "token", bound=1 << 31)
+    _tokens(message.tokens, limits)
     require(len(message.cache) <= limits.max_layers, "too many cache layers")
     start = 0
     for layer in message.cache:
@@ -199,10 +224,14 @@ def _hello(message: m.Hello, limits: Limits) -> None:
     _count(message.load_us, "load_us")
 
 
-def _slot_report(message: m.SlotReport, limits: Limits) -> None:
+def _report(message: m.SlotReport | m.ShadowReport, limits: Limits) -> None:
     for name in message.__struct_fields__:
         value = getattr(message, name)
-        if isinstance(value, float):
+        if isinstance(value, list):
+            require(len(value) == len(m.LOAD_BOUNDS_S) + 1, f"{len(value)} {name}")
+            for count in value:
+                _count(count, name)
+        elif isinstance(value, float):
             _duration(value, name)
         else:
             _count(value, name)
@@ -236,6 +265,7 @@ def _loaded(message: m.Loaded, limits: Limits) -> None:
     _duration(message.load_s, "load_s")
     _duration(message.ago_s, "ago_s")
     _count(message.load_bytes, "load_bytes")
+    _refs(message.held, limits)
 
 
 def _load_failed(message: m.LoadFailed, limits: Limits) -> None:
@@ -248,12 +278,16 @@ def _schedule(message: m.Schedule, limits: Limits) -> None:
     _span(message.span, limits)
     _layer(message.layer, limits)
     _experts(message.experts, limits)
+    _tokens(message.tokens, limits)
+    num_tokens = len(message.tokens)
+    require(num_tokens <= message.span.length, f"{num_tokens} tokens for a span of {message.span.length}")
 
 
 def _load(message: m.Load, limits: Limits) -> None:
     _spans(message.spans, limits)
     _layer(message.layer, limits)
     _experts(message.experts, limits)
+    _refs(message.leaving, limits)
 
 
 def _release(message: m.Release, limits: Limits) -> None:
@@ -299,7 +333,8 @@ _WITHOUT_BLOBS: dict[type, Callable[[Any, Limits], None]] = {
     m.Release: _release,
     m.Rollback: _rollback,
     m.Schedule: _schedule,
-    m.SlotReport: _slot_report,
+    m.ShadowReport: _report,
+    m.SlotReport: _report,
     m.Start: _sequence,
     m.View: _view,
     m.Welcome: _welcome,

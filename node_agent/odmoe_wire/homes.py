@@ -7,7 +7,7 @@ side by side; an expert that may have stayed in a slot must be sought in one pla
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from odmoe_wire.messages import Member, SlotMode
+from odmoe_wire.messages import Member, Placing, SlotMode
 from odmoe_wire.placement import place
 
 # Views that are kept worked out: a process meets one at a time, tests many.
@@ -31,11 +31,12 @@ def placed(
     *,
     mode: SlotMode,
     num_layers: int = 0,
+    placing: Placing = "span",
 ) -> dict[int, str]:
     """Expert -> node id in a view of the mode: `homes` where slots are caches, else as `placement.place` says."""
-    if mode == "lru":
+    if mode != "on-demand":
         return homes(layer, experts, members)
-    return place(layer, experts, members, group_size, num_layers)
+    return place(layer, experts, members, group_size, num_layers, placing=placing)
 
 
 @lru_cache(maxsize=CACHED_VIEWS)

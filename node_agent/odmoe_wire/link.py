@@ -4,7 +4,7 @@ A link belongs to one thread. Nothing here blocks: a message that cannot be queu
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import UnionType
 from typing import Final, Protocol
@@ -34,7 +34,15 @@ class PeerGone(Exception):
 class Link(Protocol):
     """Messages to and from named peers; see `RouterLink`, `DealerLink` and `loopback`."""
 
-    protocol_errors: int
+    @property
+    def protocol_errors(self) -> int:
+        """Bad messages that came, so far."""
+        ...
+
+    @property
+    def bad_messages(self) -> Mapping[str, int]:
+        """How many messages of each peer were not accepted; those of the first `MAX_OFFENDERS` that sent any."""
+        ...
 
     @property
     def socket(self) -> "zmq.Socket[bytes] | None":
@@ -63,6 +71,11 @@ class Offences:
     def __init__(self) -> None:
         self._count: dict[str, int] = {}
 
+    @property
+    def by_peer(self) -> Mapping[str, int]:
+        """Bad messages of each peer."""
+        return self._count
+
     def worth_a_word(self, peer: str) -> bool:
         """Count one more of this peer."""
         if peer not in self._count and len(self._count) >= MAX_OFFENDERS:
@@ -82,6 +95,11 @@ class CheckedLink:
     def send(self, peer: str, message: AnyMessage, *, epoch: int, blobs: Sequence[Blob] = ()) -> None:
         """Queue a message; see `Link.send`."""
         raise NotImplementedError
+
+    @property
+    def bad_messages(self) -> Mapping[str, int]:
+        """See `Link.bad_messages`."""
+        return self._offences.by_peer
 
     def _reject(self, peer: str, error: ProtocolError) -> None:
         """Count a bad message; now and then log it and tell the sender (epoch 0: a link knows no view)."""

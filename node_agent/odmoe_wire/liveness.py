@@ -31,6 +31,10 @@ class Liveness:
         """Whether it is time for a life sign of ours."""
         return now_s >= self._said_s + self.heartbeat_s
 
+    def silence_s(self, now_s: float) -> float:
+        """Seconds since anything came from the peer."""
+        return now_s - self._heard_s
+
     def lost(self, now_s: float) -> bool:
         """Whether the peer has been silent for too long."""
         return now_s >= self._heard_s + self.lost_after_s

@@ -10,14 +10,22 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Role = Literal["node", "predictor"]
-# What nodes do with an expert once it was computed: free its slot at once, or keep it until room is needed.
-SlotMode = Literal["on-demand", "lru"]
+# What nodes do with an expert once it was computed: free its slot at once, or keep it until room is needed, the least
+# recently used one going first ("lru"), or the one the server names ("importance").
+SlotMode = Literal["on-demand", "lru", "importance"]
+# Where a forecast expert goes: the experts of one span dealt round the layer's group, or each to a node of the group
+# that does not depend on which others there are, so that several spans share loads.
+Placing = Literal["span", "expert"]
 # What a predictor is told of each step: keys and values, those and what the gates saw, or the gates' choices without or
 # with the rows they saw.
 Wants = Literal["cache", "cache+inputs", "routings", "inputs"]
+
+
+# The longest a load may take to be counted in each place of `SlotReport.load_counts`; the last one has the rest.
+LOAD_BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -40,6 +48,13 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
     load_us: int = 0
 
 
+class ExpertRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """One expert of the model."""
+
+    layer: int
+    expert: int
+
+
 # ---------------------------------------------------------------------------------- node, predictor -> server
 
 
@@ -60,7 +75,8 @@ class Hello(Message, frozen=True):
 
 
 class SlotReport(Message, frozen=True):
-    """Periodic truth about a node's memory and work, sent with each heartbeat of a node. Counters only grow."""
+    """Periodic truth about a node's memory and work, sent with each heartbeat of a node. Counters only grow.
+    `load_counts` are the whole loads by what they took, see `LOAD_BOUNDS_S`."""
 
     used_slots: int
     accounted_bytes: int
@@ -75,10 +91,36 @@ class SlotReport(Message, frozen=True):
     load_s_total: float
     compute_s_total: float
     protocol_errors_total: int
+    loads_broken_off_total: int
+    broken_off_s_total: float
+    evictions_total: int
+    late_forecasts_total: int
+    overflowed_total: int
+    stale_total: int
+    duplicates_total: int
+    expired_total: int
+    undelivered_total: int
+    loop_errors_total: int
+    load_counts: list[int]
+
+
+class ShadowReport(Message, frozen=True):
+    """Periodic truth about a predictor's work, sent with each of its heartbeats. Counters only grow. `undelivered`:
+    forecasts and rollbacks whose receiver was not there; `refused`: orders there was no room for; `rebirths`: how often
+    it forgot every sequence and came back."""
+
+    forecasts_total: int
+    rollbacks_total: int
+    undelivered_total: int
+    refused_total: int
+    rebirths_total: int
+    protocol_errors_total: int
+    loop_errors_total: int
 
 
 class Loaded(Message, frozen=True):
-    """An expert came to rest in a slot, `ago_s` before this was sent; `on_demand` when no forecast had asked for it."""
+    """An expert came to rest in a slot, `ago_s` before this was sent; `on_demand` when no forecast had asked for it.
+    `held`: as in `Result`."""
 
     layer: int
     expert: int
@@ -86,6 +128,7 @@ class Loaded(Message, frozen=True):
     load_bytes: int
     on_demand: bool
     ago_s: float = 0.0
+    held: list[ExpertRef] = []
 
 
 class LoadFailed(Message, frozen=True):
@@ -107,11 +150,13 @@ class ExpertTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
 
 
 class Result(Message, frozen=True):
-    """Answer to a `Compute`. Blob 0: rows_TH, unweighted expert outputs in the order of the request's rows."""
+    """Answer to a `Compute`. Blob 0: rows_TH, unweighted expert outputs in the order of the request's rows. `held`:
+    in mode "importance" all experts that lie whole in the node's slots."""
 
     request_id: int
     layer: int
     timings: list[ExpertTiming]
+    held: list[ExpertRef] = []
 
 
 class ComputeFailed(Message, frozen=True):
@@ -161,17 +206,23 @@ class Refused(Message, frozen=True):
 
 
 class View(Message, frozen=True):
-    """Who takes part, in placement order, and what becomes of an expert's slot. The envelope's epoch is the view's."""
+    """Who takes part, in placement order, what becomes of an expert's slot, and how experts are placed. The envelope's
+    epoch is the view's."""
 
     members: list[Member]
     group_size: int
     mode: SlotMode = "on-demand"
+    placing: Placing = "span"
 
 
 class Compute(Message, frozen=True):
     """Compute experts on token rows. Blob 0: rows_TH, rows of experts[0] first (counts[0] of them), and so on.
+    `runs` cuts all these rows, in order, into those that belong together (none crosses from one expert to the next):
+    each run is multiplied by itself, so that a sequence's results are the bits it would get alone. Empty: one run an
+    expert.
     All forecasts for these spans at this layer or before that are not named here are void. After `ttl_s` the
-    server does not want the answer any more."""
+    server does not want the answer any more. `leaving`: which resting experts go first when room is needed, until
+    another order is named; those not named go after them."""
 
     request_id: int
     spans: list[Span]
@@ -179,14 +230,18 @@ class Compute(Message, frozen=True):
     experts: list[int]
     counts: list[int]
     ttl_s: float
+    runs: list[int] = []
+    leaving: list[ExpertRef] = []
 
 
 class Load(Message, frozen=True):
-    """Load experts ahead of a compute that is certain to come (prefill; the gate has spoken)."""
+    """Load experts ahead of a compute that is certain to come (prefill; the gate has spoken), or as good as (mode
+    "importance"). `leaving`: as in `Compute`."""
 
     spans: list[Span]
     layer: int
     experts: list[int]
+    leaving: list[ExpertRef] = []
 
 
 class Release(Message, frozen=True):
@@ -254,11 +309,13 @@ class End(Message, frozen=True):
 
 class Schedule(Message, frozen=True):
     """Forecast of one layer for one span, sent as soon as the shadow's own router has spoken. To a node: the
-    experts that placement gives that node. To the server: all of them."""
+    experts that placement gives that node. To the server: all of them, and with the first layer the `tokens` of the
+    span the forecast was made for: where the shadow had gone on by itself, they are a draft."""
 
     span: Span
     layer: int
     experts: list[int]
+    tokens: list[int] = []
 
 
 class Rollback(Message, frozen=True):
@@ -271,6 +328,7 @@ class Rollback(Message, frozen=True):
 ToServer = (
     Hello
     | SlotReport
+    | ShadowReport
     | Loaded
     | LoadFailed
     | Result

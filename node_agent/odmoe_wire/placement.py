@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapify, heapreplace
 
-from odmoe_wire.messages import Member
+from odmoe_wire.messages import Member, Placing
 from odmoe_wire.turns import Worker, apportion, deal, part_neighbours, spread
 
 # Views that are kept worked out: a process meets one at a time, tests many.
 CACHED_VIEWS = 16
+# Their groups are of few kinds.
+CACHED_DEALS = 64
 
 
 def groups(members: Sequence[Member], group_size: int) -> tuple[tuple[Member, ...], ...]:
@@ -37,18 +39,28 @@ def group_of(layer: int, members: Sequence[Member], group_size: int, num_layers:
 
 
 def place(
-    layer: int, experts: Iterable[int], members: Sequence[Member], group_size: int, num_layers: int = 0
+    layer: int,
+    experts: Iterable[int],
+    members: Sequence[Member],
+    group_size: int,
+    num_layers: int = 0,
+    *,
+    placing: Placing = "span",
 ) -> dict[int, str]:
     """Expert -> node id: the sorted experts are dealt round the layer's group, first to free slots, then so that all
-    workers have loaded at about the same time.
+    workers have loaded at about the same time. With placing "expert" all experts there can be are dealt so, by speed
+    alone: an expert's node does not depend on which others there are.
 
     The deal starts one worker further each time a layer comes round to the same group, so that with uneven
     expert counts no worker is always the one with more.
     """
     turn = _turn(layer, members, group_size, num_layers)
-    if turn is None:
-        return {}
     wanted = sorted(set(experts))
+    if turn is None or not wanted:
+        return {}
+    if placing == "expert":
+        dealt = _deal_by_speed(turn.workers, _at_least(wanted[-1] + turn.start + 1))
+        return {expert: turn.group[dealt[expert + turn.start]].node_id for expert in wanted}
     return {expert: turn.group[worker].node_id for expert, worker in zip(wanted, turn.deal(len(wanted)), strict=True)}
 
 
@@ -58,7 +70,7 @@ def deal_prompt(experts: Iterable[int], members: Sequence[Member]) -> dict[int, 
     wanted = sorted(set(experts))
     if not (wanted and members):
         return {}
-    dealt = _deal_from_first(tuple(members), 1 << wanted[-1].bit_length())
+    dealt = _deal_by_speed(_workers(members, _load_us(members)), _at_least(wanted[-1] + 1))
     return {expert: members[dealt[expert]].node_id for expert in wanted}
 
 
@@ -164,7 +176,7 @@ def _load_us(members: Iterable[Member]) -> dict[str, int]:
     return {node_id: us if us > 0 else middling for node_id, us in load_us.items()}
 
 
-def _workers(group: tuple[Member, ...], load_us: dict[str, int]) -> tuple[Worker, ...]:
+def _workers(group: Iterable[Member], load_us: dict[str, int]) -> tuple[Worker, ...]:
     return tuple(Worker(slots=member.slots, load_us=load_us[member.node_id]) for member in group)
 
 
@@ -198,15 +210,20 @@ def _kin(members: tuple[Member, ...], group_size: int) -> list[list[Member]]:
     return kin
 
 
-@lru_cache(maxsize=CACHED_VIEWS)
-def _deal_from_first(members: tuple[Member, ...], num_experts: int) -> tuple[int, ...]:
-    """Which member gets expert 0, 1, and so on: always the one that would have loaded it first."""
-    load_us = _load_us(members)
-    queue = [(load_us[member.node_id], -member.slots, index) for index, member in enumerate(members)]
+def _at_least(number: int) -> int:
+    """A number of experts to deal, of which there are few."""
+    return 1 << (number - 1).bit_length()
+
+
+@lru_cache(maxsize=CACHED_DEALS)
+def _deal_by_speed(workers: tuple[Worker, ...], num_experts: int) -> tuple[int, ...]:
+    """Which worker gets expert 0, 1, and so on: always the one that would have loaded it first, among equals the one
+    with more slots."""
+    queue = [(worker.load_us, -worker.slots, index) for index, worker in enumerate(workers)]
     heapify(queue)
     dealt = []
     for _ in range(num_experts):
         end_us, fewer_slots, index = queue[0]
         dealt.append(index)
-        heapreplace(queue, (end_us + load_us[members[index].node_id], fewer_slots, index))
+        heapreplace(queue, (end_us + workers[index].load_us, fewer_slots, index))
     return tuple(dealt)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from odmoe_predictor.config import PredictorSettings
+from odmoe_wire import logs
 from odmoe_wire.lifeline import end_with_parent
 from odmoe_wire.settings import parse
 
@@ -17,7 +18,7 @@ log = logging.getLogger(PROG)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a predictor until SIGINT or SIGTERM; ends the process with status 1 when it cannot."""
     settings = parse(PredictorSettings, sys.argv[1:] if argv is None else argv, prog=PROG)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format, role=settings.peer_id)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if settings.exit_with_parent:
         end_with_parent(signal.SIGTERM)

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from odmoe_wire.checks import is_peer_id
+from odmoe_wire.logs import LogFormat
 from odmoe_wire.settings import RoleSettings, refuse_unused
 
 # What is not the shadow: see `rivals`.
@@ -57,10 +58,14 @@ class PredictorSettings(RoleSettings):
     verify: bool = Field(False, description="check the digest of every file of the store first")
     max_sequences: int = Field(64, ge=1, description="sequences that may be known here at a time")
     keys_dir: Path | None = Field(None, description="CURVE keys (odmoe keys DIR); needed when an endpoint is not local")
+    health_file: Path | None = Field(
+        None, description="file to touch with each life sign while the server has taken us in; for health checks"
+    )
     exit_with_parent: bool = Field(False, description="end when the process that started this one ends")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least important messages to log"
     )
+    log_format: LogFormat = Field("text", description="lines for people, or one JSON object a line")
 
     @field_validator("peer_id")
     @classmethod

@@ -46,7 +46,6 @@ class Predictor:
         max_sequences: int = MAX_SEQUENCES,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.loop_errors = 0
         self._clock = clock
         self._links = [server, nodes]
         self._wake = Wake()
@@ -113,7 +112,7 @@ class Predictor:
         except RefusedError:
             raise
         except Exception:  # outermost loop: one bad event must not end the predictor
-            self.loop_errors += 1
+            self.switchboard.counters.loop_errors += 1
             log.exception("the predictor failed on an event")
 
 

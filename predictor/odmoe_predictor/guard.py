@@ -45,6 +45,19 @@ class Guard:
             reason = f"sequence {sequence}: {type(error).__name__}"
         else:
             return
+        self._give_up(sequence, reason)
+
+    def attempt(self, job: Callable[[], None]) -> bool:
+        """Do something for several sequences at once; whether it went well. If not, each has to be tried by itself, to
+        see whose fault it was."""
+        try:
+            job()
+        except Exception:  # outermost, as above
+            log.exception("the predictor failed on several sequences at once")
+            return False
+        return True
+
+    def _give_up(self, sequence: int, reason: str) -> None:
         if len(self._broken) < MAX_BROKEN:
             self._broken.add(sequence)
         self._drop(sequence)

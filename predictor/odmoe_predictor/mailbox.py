@@ -46,12 +46,13 @@ class ForgetAll:
 @dataclass(frozen=True)
 class Forecast:
     """The experts of one layer for the tokens of a span, ascending; where it corrects an earlier one, `instead` of
-    which."""
+    which. `tokens` are the span's, as far as they are to be told."""
 
     span: Span
     layer: int
     experts: list[int]
     instead: Sequence[int] = ()
+    tokens: Sequence[int] = ()
 
 
 # What receivers of forecasts hear, in order.

@@ -27,6 +27,7 @@ from odmoe_wire.keys import CurveKeys, KeysError
 from odmoe_wire.lifeline import settle_heap
 from odmoe_wire.link import DealerLink, Link, RouterLink
 from odmoe_wire.messages import Hello
+from odmoe_wire.pulse import PulsingLink
 from odmoe_wire.settings import table
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _links(
     except (EndpointError, KeysError):
         nodes.close()
         raise
-    return server, nodes
+    return server if settings.health_file is None else PulsingLink(server, file=settings.health_file), nodes
 
 
 def _load(settings: PredictorSettings, store: ExpertStore) -> Shadow | Rival:

@@ -10,6 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,16 +34,14 @@ from odmoe_predictor.config import Scope
 from odmoe_predictor.experts import Progress, QuantizedExperts
 from odmoe_predictor.feedback import Correction, Gate, Sights
 from odmoe_predictor.parts import load_parts
+from odmoe_predictor.passes import AbandonedError, OnRouting, Pass, SharedPass
+from odmoe_predictor.ragged import RaggedCache, companions, is_plain
 from odmoe_wire.messages import CacheLayer
 
 log = logging.getLogger(__name__)
 
 # Most rows that go through the model at once: a prompt must not take memory with its length.
 MOST_ROWS = 512
-# Called with a layer's ordinal and the experts forecast for it, ascending, as soon as its router has spoken.
-OnRouting = Callable[[int, list[int]], None]
-
-
 # What an alignment asks for: a forecast; nothing, since it was forecast before; nothing, since no token is known.
 Aligned = Literal["forecast", "known", "nothing"]
 
@@ -51,16 +50,12 @@ class SequenceError(ValueError):
     """A sequence is not known here, or what came does not follow on what the shadow has of it."""
 
 
-class _Abandoned(Exception):
-    """Unwinds a forward that nobody waits for any more."""
-
-
 @dataclass
 class _Sequence:
     """`inputs` are tokens whose positions the cache does not hold yet; `newest` how many of them the last
     alignment asked a forecast for. `fed` are the tokens of positions it does hold, from the last aligned one on, and
     `sights` what the gates saw there.
-    `hidden_H` is what the head makes the token of position `hidden_for` of."""
+    `hidden_H` is what the head makes the token of position `hidden_for` of: `own_token`, once it has."""
 
     cache: DynamicCache
     inputs: dict[int, int] = field(default_factory=dict)
@@ -69,28 +64,23 @@ class _Sequence:
     sights: Sights = field(default_factory=Sights)
     hidden_H: Tensor | None = None
     hidden_for: int = 0
+    own_token: int | None = None
 
     @property
     def length(self) -> int:
         return int(self.cache.get_seq_length())
 
+    def fed_to(self, hidden_H: Tensor) -> None:
+        """A forward has taken the inputs, as far as the cache goes now, and ends with this."""
+        length = self.length
+        self.fed |= {at: token for at, token in self.inputs.items() if at < length}
+        self.inputs = {at: token for at, token in self.inputs.items() if at >= length}
+        self.hidden_H, self.hidden_for, self.own_token = hidden_H, self.length, None
+
     def forget_cut(self) -> None:
         """Let go of the next token when what it was computed from was cut off."""
         if self.length < self.hidden_for:
-            self.hidden_H = None
-
-
-@dataclass
-class _Pass:
-    """The forward under way: how many rows at the end are forecast, the last of them at `position`, and where to;
-    `later` rows come in pieces after this one."""
-
-    sights: Sights
-    position: int
-    newest: int
-    later: int
-    on_routing: OnRouting
-    is_stale: Callable[[], bool]
+            self.hidden_H = self.own_token = None
 
 
 class Shadow:
@@ -116,7 +106,7 @@ class Shadow:
         self._config: Any = config
         self._max_sequences = max_sequences
         self._sequences: OrderedDict[int, _Sequence] = OrderedDict()
-        self._pass: _Pass | None = None
+        self._pass: Pass | SharedPass | None = None
         self._place = next(body.parameters())
         seam.install(body, self._on_experts)
 
@@ -217,33 +207,111 @@ class Shadow:
         `is_stale` is asked at each MoE layer; once it says yes the forward is given up, the cache put back, and
         False returned. Raises SequenceError when inputs are missing between the cache's end and the newest."""
         state = self._known(sequence)
-        first = state.length
-        inputs = [state.inputs.get(at) for at in range(first, max(state.inputs, default=first - 1) + 1)]
+        inputs = self._inputs(sequence)
         if not inputs or not state.newest:
             return True
-        if None in inputs:
+        return self._feed(state, inputs, on_routing=on_routing, is_stale=is_stale)
+
+    def has_long(self, sequence: int) -> bool:
+        """Whether more inputs are remembered than go through the model at once: `feed_some` is for others' sake."""
+        return len(self._sequences[sequence].inputs) > MOST_ROWS if sequence in self._sequences else False
+
+    @torch.inference_mode()
+    def feed_some(self, sequence: int, *, is_stale: Callable[[], bool]) -> bool:
+        """Feed the first of the remembered inputs, as many as go through the model at once, of which nothing is
+        reported; else as `forecast`."""
+        state, inputs = self._known(sequence), self._inputs(sequence)[:MOST_ROWS]
+        return self._feed(state, inputs, on_routing=lambda layer, experts: None, is_stale=is_stale)
+
+    def _inputs(self, sequence: int) -> list[int]:
+        """What is to be fed, from the cache's end to the newest. Raises SequenceError."""
+        state = self._known(sequence)
+        first = state.length
+        inputs = [state.inputs.get(at) for at in range(first, max(state.inputs, default=first - 1) + 1)]
+        known = [token for token in inputs if token is not None]
+        if len(known) < len(inputs):
             raise SequenceError(f"sequence {sequence}: no input and no cache for position {first + inputs.index(None)}")
-        saved = snapshot_cache(state.cache)
-        self._pass = _Pass(state.sights, first + len(inputs) - 1, state.newest, len(inputs), on_routing, is_stale)
+        return known
+
+    def _feed(
+        self, state: _Sequence, inputs: Sequence[int], *, on_routing: OnRouting, is_stale: Callable[[], bool]
+    ) -> bool:
+        first, saved = state.length, snapshot_cache(state.cache)
+        self._pass = under_way = self._new_pass(state, inputs, on_routing=on_routing, is_stale=is_stale)
         done = False
         try:
             for begin in range(0, len(inputs), MOST_ROWS):
                 ids = torch.tensor([inputs[begin : begin + MOST_ROWS]], device=self._place.device)
-                self._pass.later -= ids.shape[1]
+                under_way.later -= ids.shape[1]
                 output = self._body(input_ids=ids, past_key_values=state.cache, use_cache=True)
             done = True
-        except _Abandoned:
+        except AbandonedError:
             return False
         finally:
             self._pass = None
             if not done:
                 restore_cache(state.cache, saved)
                 state.sights.keep(0, first)
-        state.fed |= state.inputs
-        state.hidden_H, state.hidden_for = output.last_hidden_state[0, -1], state.length
-        state.inputs.clear()
+        state.fed_to(output.last_hidden_state[0, -1])
         trim_cache(state.cache)
         return True
+
+    def together(self, sequences: Sequence[int]) -> list[int]:
+        """The first of the sequences, if there is one, and those that `forecast_together` can take with it."""
+        states = [(sequence, self._sequences.get(sequence)) for sequence in sequences]
+        fit = [(sequence, state.length) for sequence, state in states if state is not None and _is_one_token(state)]
+        if not fit or fit[0][0] != sequences[0]:
+            return list(sequences[:1])
+        return [fit[place][0] for place in companions([length for _, length in fit])]
+
+    @torch.inference_mode()
+    def forecast_together(
+        self,
+        sequences: Sequence[int],
+        *,
+        on_routing: Callable[[int, int, list[int]], None],
+        is_stale: Callable[[int], bool],
+        go_on: bool = False,
+    ) -> list[int]:
+        """What `forecast` does for each of the sequences, in one forward; the sequence is what both callbacks hear
+        first. Sequences that turn stale are left as they were; the others are returned. With `go_on` their own next
+        tokens are made at once, too."""
+        states = [self._known(sequence) for sequence in sequences]
+        ragged = RaggedCache([state.cache for state in states])
+        inputs_B = torch.tensor([[state.inputs[state.length]] for state in states], device=self._place.device)
+        self._pass = shared = SharedPass(
+            {
+                row: self._new_pass(
+                    state, [0], on_routing=partial(on_routing, sequence), is_stale=partial(is_stale, sequence)
+                )
+                for row, (sequence, state) in enumerate(zip(sequences, states, strict=True))
+            }
+        )
+        done: set[int] = set()
+        try:
+            output = self._body(
+                input_ids=inputs_B,
+                attention_mask=ragged.seen().to(self._place.device),
+                position_ids=ragged.positions().to(self._place.device),
+                past_key_values=ragged,
+                use_cache=True,
+            )
+            done = set(shared.passes)
+        except AbandonedError:
+            return []
+        finally:
+            self._pass = None
+            for row, state in enumerate(states):
+                if row not in done:
+                    state.sights.keep(0, state.length)
+        hidden_BH = output.last_hidden_state[:, -1]
+        for row in done:
+            ragged.give_back(row)
+            states[row].fed_to(hidden_BH[row])
+        if go_on:
+            for row, token in enumerate(self._head(hidden_BH).argmax(dim=-1).tolist()):
+                states[row].own_token = token if row in done else states[row].own_token
+        return [sequences[row] for row in sorted(done)]
 
     @torch.inference_mode()
     def correct(self, sequence: int, *, position: int, layer: int, x_1H: Tensor, target: int) -> Correction | None:
@@ -267,6 +335,14 @@ class Shadow:
         """Positions the shadow's cache of the sequence holds. Raises SequenceError."""
         return self._known(sequence).length
 
+    def lengths(self) -> dict[int, int]:
+        """Positions the caches of all sequences hold."""
+        return {sequence: state.length for sequence, state in self._sequences.items()}
+
+    def shares(self, sequence: int) -> bool:
+        """Whether its cache can go beside others in one forward."""
+        return is_plain(self._known(sequence).cache)
+
     def token_at(self, sequence: int, position: int) -> int | None:
         """The input the shadow took, or is to take, at a position from the last aligned one on."""
         state = self._known(sequence)
@@ -286,7 +362,9 @@ class Shadow:
         """The shadow's own greedy token for the position after its cache; none when it did not compute that."""
         if state.hidden_H is None or not state.hidden_for == position == state.length:
             return []
-        return [int(self._head(state.hidden_H).argmax())]
+        if state.own_token is None:
+            state.own_token = int(self._head(state.hidden_H).argmax())
+        return [state.own_token]
 
     def _known(self, sequence: int) -> _Sequence:
         state = self._sequences.get(sequence)
@@ -294,18 +372,22 @@ class Shadow:
             raise SequenceError(f"sequence {sequence} is not known")
         return state
 
+    def _new_pass(
+        self, state: _Sequence, inputs: Sequence[int], *, on_routing: OnRouting, is_stale: Callable[[], bool]
+    ) -> Pass:
+        return Pass(
+            position=state.length + len(inputs) - 1,
+            newest=state.newest,
+            later=len(inputs),
+            on_routing=on_routing,
+            is_stale=is_stale,
+            sights=state.sights if self._gates else None,
+        )
+
     def _on_experts(self, call: seam.ExpertsCall) -> Tensor:
         """A layer's router has spoken."""
-        now = self._pass
-        assert now is not None, "experts are only asked for inside forecast"
-        if now.is_stale():
-            raise _Abandoned
-        if not now.later:
-            newest_TK = call.index_TK[-now.newest :]
-            experts = sorted(set(newest_TK.flatten().tolist()))
-            now.on_routing(call.layer, experts)
-            if self._gates and now.newest == 1:
-                now.sights.note(now.position, call.layer, x_1H=call.x_TH[-1:], experts=experts)
+        assert self._pass is not None, "experts are only asked for inside forecast"
+        self._pass.hear(call)
         return self._experts(call)
 
 
@@ -315,6 +397,11 @@ def _gates(body: nn.Module, *, family: str) -> Sequence[Gate]:
     except RoutersError as error:
         log.info("forecasts are not corrected: %s", error)
         return ()
+
+
+def _is_one_token(state: _Sequence) -> bool:
+    """Whether all there is to feed is one token behind a cache that can go beside others."""
+    return list(state.inputs) == [state.length] and state.newest == 1 and state.length > 0 and is_plain(state.cache)
 
 
 def _is_fed(state: _Sequence, position: int, tokens: Sequence[int]) -> bool:

@@ -30,6 +30,7 @@ from odmoe_wire.messages import (
     Rollback,
     Routed,
     Schedule,
+    ShadowReport,
     Start,
     View,
     Welcome,
@@ -59,13 +60,15 @@ class RefusedError(Exception):
 
 @dataclass
 class SwitchboardCounters:
-    """`unsent`: schedules and rollbacks whose receiver was not there. `refused`: orders there was no room for."""
+    """`unsent`: schedules and rollbacks whose receiver was not there. `refused`: orders there was no room for.
+    `loop_errors`: events on which the thread of the links failed."""
 
     schedules: int = 0
     rollbacks: int = 0
     unsent: int = 0
     refused: int = 0
     rebirths: int = 0
+    loop_errors: int = 0
 
 
 @dataclass
@@ -143,6 +146,19 @@ class Switchboard:
         waits_s.append(self._session.wait_s(now))
         return min(waits_s)
 
+    def report(self) -> ShadowReport:
+        """What we have done since our start."""
+        counters = self.counters
+        return ShadowReport(
+            forecasts_total=counters.schedules,
+            rollbacks_total=counters.rollbacks,
+            undelivered_total=counters.unsent,
+            refused_total=counters.refused,
+            rebirths_total=counters.rebirths,
+            protocol_errors_total=self._server.protocol_errors + self._node_link.protocol_errors,
+            loop_errors_total=counters.loop_errors,
+        )
+
     def leave(self, reason: str) -> None:
         """Say goodbye to everybody."""
         self._send(self._server, SERVER, Bye(reason=reason))
@@ -210,6 +226,7 @@ class Switchboard:
         elif due == "heartbeat":
             self._send(self._server, SERVER, Heartbeat(count=self._heartbeats))
             self._heartbeats += 1
+            self._send(self._server, SERVER, self.report())
         if due is not None:
             self._session.said(now)
 
@@ -267,7 +284,8 @@ class Switchboard:
     # ----------------------------------------------------------------------------------- schedules
 
     def _spread(self, forecast: Forecast) -> None:
-        """To each node of the layer's group its share, to the server the whole."""
+        """To each node of the layer's group its share, to the server the whole and the tokens. In mode "importance" the
+        server decides what is loaded ahead, so nodes hear nothing."""
         # A node that has no share any more has to hear so.
         before = self._placed(forecast.layer, forecast.instead)
         shares: dict[str, list[int]] = {node_id: [] for node_id in before.values()}
@@ -276,7 +294,8 @@ class Switchboard:
         for node_id, experts in shares.items():
             schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=experts)
             self._count(schedule, node_id in self._nodes and self._send(self._node_link, node_id, schedule))
-        schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=forecast.experts)
+        tokens = list(forecast.tokens)
+        schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=forecast.experts, tokens=tokens)
         self._count(schedule, self._send(self._server, SERVER, schedule))
 
     def _void(self, rollback: Rollback) -> None:
@@ -288,7 +307,17 @@ class Switchboard:
 
     def _placed(self, layer: int, experts: Sequence[int]) -> dict[int, str]:
         view = self._view
-        return placed(layer, experts, view.members, view.group_size, mode=view.mode, num_layers=self._num_layers)
+        if view.mode == "importance":
+            return {}
+        return placed(
+            layer,
+            experts,
+            view.members,
+            view.group_size,
+            mode=view.mode,
+            num_layers=self._num_layers,
+            placing=view.placing,
+        )
 
     def _count(self, message: Schedule | Rollback, sent: bool) -> None:
         self.counters.schedules += sent and isinstance(message, Schedule)

@@ -5,15 +5,16 @@ has passed the others. Only where the shadow is to go on with its own token is t
 forecast under way is given up as soon as an alignment waits that the full model is past it, or that its token is
 wrong. A sequence that went wrong is left alone until it starts anew.
 
-With nothing else to do the shadow runs ahead: it goes on with its own next tokens, at most so many beyond the newest
-aligned position. Forecasts made that way go out as any other. Where the token was wrong they are void, which every
-receiver is told at once, before the position is forecast again.
+Sequences take turns (`turns`), and those whose caches allow it share a forward. With nothing else to do the shadow
+runs ahead: it goes on with its own next tokens, at most so many beyond the newest aligned position. Forecasts made that
+way go out as any other, and the server hears the tokens they were made for, as drafts. Where the token was wrong they
+are void, which every receiver is told at once, before the position is forecast again.
 
 What the full model's gates saw meanwhile corrects forecasts of the same token's later layers. It is heard between the
 layers of a forward, since afterwards it would be too late.
 
-A span at position 0 is a prompt. It is computed for its keys and values: what it routes to is not published, since
-nearly every expert is active, and alignments behind it do not make it stale.
+A span at position 0 is a prompt. It is computed for its keys and values, a long one in several turns: what it routes to
+is not published, since nearly every expert is active, and alignments behind it do not make it stale.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ from odmoe_model.tensors import from_blob
 from odmoe_predictor.guard import Guard
 from odmoe_predictor.lineage import Lineage
 from odmoe_predictor.mailbox import Forecast, ForgetAll, Mailbox, Order
-from odmoe_predictor.shadow import Shadow
+from odmoe_predictor.ragged import MOST_TOGETHER
+from odmoe_predictor.shadow import Aligned, Shadow
+from odmoe_predictor.turns import Turns
 from odmoe_wire.codec import Blob
 from odmoe_wire.messages import Align, End, Rollback, Routed, Span, Start
 
@@ -60,34 +63,72 @@ class Worker:
         self._shadow = shadow
         self._mailbox = mailbox
         self._clock = clock
-        # Spans that are aligned and not forecast yet, by sequence.
-        self._wanted: dict[int, Span] = {}
-        self._run_ahead = run_ahead
-        # The last position each sequence may run ahead to.
-        self._limits: dict[int, int] = {}
+        self._turns = Turns(run_ahead=run_ahead)
+        self._goes_ahead = run_ahead > 0
         self._lineage = Lineage()
         self._guard = Guard(mailbox, drop=self._drop)
 
     def work(self) -> bool:
-        """Carry out all orders that wait, then forecast what they ask for and run ahead; true if there was
-        anything."""
+        """Carry out all orders that wait, then forecast what they ask for and run ahead until there are new ones; true
+        if there was anything."""
         orders = self._mailbox.take()
         for order in orders:
             if isinstance(order, ForgetAll):
-                self._wanted.clear()
-                self._limits.clear()
+                self._turns.stop_all()
                 self._lineage.forget_all()
                 self._guard.forget_all()
                 self._shadow.forget()
             else:
                 self._guard.run(order.sequence, partial(self._obey, order))
-        while self._wanted:
-            sequence = next(iter(self._wanted))
-            span = self._wanted.pop(sequence)
-            self._guard.run(sequence, partial(self._forecast, span, is_stale=partial(self._is_stale, span)))
-        for sequence in list(self._limits):
-            self._guard.run(sequence, partial(self._go_on, sequence))
+        while self._turn() and not self._mailbox.has_orders:
+            pass
         return bool(orders)
+
+    def _turn(self) -> bool:
+        """One forward for whoever is due; false when nobody is."""
+        wanted = [span.sequence for span in self._turns.wanted()]
+        if wanted and self._shadow.has_long(wanted[0]):
+            self._guard.run(wanted[0], partial(self._feed_some, self._turns.take(wanted[0])))
+            return True
+        if wanted:
+            spans = [self._turns.take(sequence) for sequence in self._shadow.together(wanted)]
+            for span in self._serve(spans):
+                self.counters.forecast += 1
+                self._turns.allow_ahead(span)
+            return True
+        if self._mailbox.has_orders:
+            return False
+        lengths = self._shadow.lengths()
+        ahead = self._turns.ahead(lengths)
+        if not ahead:
+            return False
+        going = [sequence for sequence in self._abreast(ahead) if self._goes_on(sequence)]
+        spans = [Span(sequence, lengths[sequence], 1) for sequence in self._shadow.together(going)]
+        self.counters.ahead += len(self._serve(spans))
+        return True
+
+    def _abreast(self, ahead: list[int]) -> list[int]:
+        """Those of which some may share the first one's forward."""
+        return ahead[:MOST_TOGETHER] if self._shadow.shares(ahead[0]) else ahead[:1]
+
+    def _goes_on(self, sequence: int) -> bool:
+        """Whether the shadow has a next token of its own; without one the sequence gets no more turns."""
+        going: list[Aligned] = []
+        self._guard.run(sequence, lambda: going.append(self._shadow.go_on(sequence)))
+        if going != ["forecast"]:
+            self._turns.stop(sequence)
+        return going == ["forecast"]
+
+    def _serve(self, spans: list[Span]) -> list[Span]:
+        """Forecast for a sequence, or for several in one forward; those that were finished."""
+        done: list[Span] = []
+        if len(spans) > 1 and self._guard.attempt(lambda: done.extend(self._run_together(spans))):
+            return done
+        for span in spans:
+            self._guard.run(
+                span.sequence, partial(self._forecast, span, is_stale=partial(self._is_stale, span), done=done)
+            )
+        return done
 
     def _obey(self, order: Order) -> None:
         message = order.message
@@ -100,12 +141,13 @@ class Worker:
         if order.corrects is not None:
             self._correct(order)
             return
-        span = self._wanted.pop(sequence, None)
+        span = self._turns.stop(sequence)
         if span is not None and isinstance(message, Align) and not message.tokens:
-            self._forecast(span, is_stale=partial(self._is_over, sequence))
+            done: list[Span] = []
+            self._forecast(span, is_stale=partial(self._is_over, sequence), done=done)
+            self.counters.forecast += len(done)
         elif span is not None:
             self.counters.skipped += 1
-        self._limits.pop(sequence, None)
         match message:
             case Start():
                 self._shadow.start(sequence)
@@ -135,44 +177,58 @@ class Worker:
         self.counters.undone += asked == "forecast" and was_ahead
         span = Span(sequence, position, max(1, len(message.tokens)))
         if asked == "forecast":
-            self._wanted[sequence] = span
+            self._turns.want(span)
         elif asked == "known":
-            self._allow_ahead(span)
+            self._turns.allow_ahead(span)
 
-    def _forecast(self, span: Span, *, is_stale: Callable[[], bool]) -> None:
+    def _feed_some(self, span: Span) -> None:
+        """A part of something long; for the rest of it the sequence gets in line again. It is needed whatever token
+        the full model is at."""
+        is_over = partial(self._is_over, span.sequence)
+        if self._shadow.feed_some(span.sequence, is_stale=lambda: is_over() or self._correct_waiting()):
+            self._turns.want(span)
+        else:
+            self.counters.abandoned += 1
+
+    def _forecast(self, span: Span, *, is_stale: Callable[[], bool], done: list[Span]) -> None:
+        """Feed the shadow what it remembers, whose newest tokens are the span's, which is then `done`."""
         if is_stale():
             self.counters.skipped += 1
-        elif self._run(span, is_stale=is_stale):
-            self.counters.forecast += 1
-            self._allow_ahead(span)
-
-    def _allow_ahead(self, span: Span) -> None:
-        if self._run_ahead:
-            self._limits[span.sequence] = span.position + span.length - 1 + self._run_ahead
-
-    def _go_on(self, sequence: int) -> None:
-        """Forecast the shadow's own next tokens, as far as allowed and while nobody wants anything else."""
-        while self._shadow.length(sequence) <= self._limits[sequence] and not self._mailbox.has_orders:
-            span = Span(sequence, self._shadow.length(sequence), 1)
-            if self._shadow.go_on(sequence) != "forecast":
-                return
-            if not self._run(span, is_stale=partial(self._is_stale, span)):
-                return
-            self.counters.ahead += 1
-
-    def _run(self, span: Span, *, is_stale: Callable[[], bool]) -> bool:
-        """Feed the shadow what it remembers, whose newest tokens are the span's; False when it was given up."""
+            return
         began_s = self._clock()
-        done = self._shadow.forecast(
+        finished = self._shadow.forecast(
             span.sequence,
             on_routing=partial(self._publish, span),
             is_stale=lambda: is_stale() or self._correct_waiting(),
         )
+        self._finished([span] if finished else [], out_of=1, began_s=began_s)
+        done += [span] if finished else []
+
+    def _run_together(self, spans: list[Span]) -> list[Span]:
+        """The same for several sequences, a token of each."""
+        due = {span.sequence: span for span in spans if not self._is_stale(span)}
+        self.counters.skipped += len(spans) - len(due)
+        if not due:
+            return []
+        began_s = self._clock()
+        finished = self._shadow.forecast_together(
+            list(due),
+            on_routing=lambda sequence, layer, experts: self._publish(due[sequence], layer, experts),
+            is_stale=lambda sequence: self._is_given_up(due[sequence]),
+            go_on=self._goes_ahead,
+        )
+        done = [due[sequence] for sequence in finished]
+        self._finished(done, out_of=len(due), began_s=began_s)
+        return done
+
+    def _is_given_up(self, span: Span) -> bool:
+        """Whether a sequence in the midst of a forward that others share is not worth going on with."""
+        return self._is_stale(span) or self._correct_waiting() or self._guard.is_broken(span.sequence)
+
+    def _finished(self, done: list[Span], *, out_of: int, began_s: float) -> None:
         if done:
             self.counters.forecast_s += self._clock() - began_s
-        else:
-            self.counters.abandoned += 1
-        return done
+        self.counters.abandoned += out_of - len(done)
 
     def _correct_waiting(self) -> Literal[False]:
         """Correct forecasts amid a forward, ahead of other orders that wait."""
@@ -209,11 +265,14 @@ class Worker:
     def _publish(self, span: Span, layer: int, experts: list[int], *, instead: Sequence[int] = ()) -> None:
         if span.position == 0:
             return
+        tokens = []
         for position in range(span.position, span.position + span.length):
             token = self._shadow.token_at(span.sequence, position)
             assert token is not None, "what is forecast was fed"
             self._lineage.said(span.sequence, position, token)
-        self._mailbox.publish(Forecast(span, layer, experts, instead))
+            tokens.append(token)
+        # With the first layer: the earlier the server has a draft, the more it is worth.
+        self._mailbox.publish(Forecast(span, layer, experts, instead, tokens if layer == 0 else ()))
 
     def _is_over(self, sequence: int) -> bool:
         """Whether something waits that ends the sequence as it is."""
@@ -243,7 +302,6 @@ class Worker:
 
     def _drop(self, sequence: int) -> None:
         self.counters.failed += 1
-        self._wanted.pop(sequence, None)
-        self._limits.pop(sequence, None)
+        self._turns.stop(sequence)
         self._lineage.forget(sequence)
         self._shadow.end(sequence)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from odmoe_server.engine_api import Sampling
+from odmoe_server.openai.answers import Model, ModelList
 from odmoe_server.openai.errors import UnknownModel
-from odmoe_server.openai.schemas import Model, ModelList
 
 
 @dataclass(frozen=True, kw_only=True)

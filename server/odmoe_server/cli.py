@@ -77,7 +77,7 @@ def server(context: typer.Context) -> None:
 
     chosen = settings.parse(ServerSettings, context.args, prog="odmoe server")
     with one_line_errors():
-        if not chosen.exit_with_parent:  # else the launcher has shown them
+        if not chosen.exit_with_parent and chosen.log_format == "text":  # else the launcher has shown them
             Console(stderr=True).print(settings.table(chosen, title="odmoe server"))
         store = launch.ensure_store(chosen.model)
         from odmoe_server import serving
@@ -199,6 +199,20 @@ def chat(
 
 
 @app.command()
+def status(
+    url: Annotated[str, typer.Option(envvar="ODMOE_URL", help="The server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="ODMOE_API_KEY", help="Key to send.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show one picture and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Watch a server: nodes, slots, forecasts, stalls, queue; Ctrl-C ends it."""
+    from odmoe_server.status import terminal
+
+    with one_line_errors():
+        terminal.show(url, api_key=api_key, once=once, as_json=as_json, console=Console())
+
+
+@app.command()
 def keys(
     directory: Annotated[Path, typer.Argument(help="Where the keys go.")],
     nodes: Annotated[int, typer.Option(min=1, help="How many node agents there are.")] = 8,
@@ -222,6 +236,17 @@ def plan(context: typer.Context) -> None:
     chosen = settings.parse(PlanSettings, context.args, prog="odmoe plan")
     with one_line_errors():
         raise typer.Exit(command.run(chosen, console=Console()))
+
+
+@app.command("tune-alpha", context_settings=_OWN_OPTIONS, add_help_option=False)
+def tune_alpha(context: typer.Context) -> None:
+    """Propose the smallest alpha of importance mode for a time a token ([bold]odmoe tune-alpha --help[/])."""
+    from odmoe_server.bench.importance import tune
+    from odmoe_wire import settings
+
+    chosen = settings.parse(tune.TuneSettings, context.args, prog="odmoe tune-alpha")
+    with one_line_errors():
+        tune.run(chosen, console=Console())
 
 
 @app.command("train-predictor", context_settings=_OWN_OPTIONS, add_help_option=False)

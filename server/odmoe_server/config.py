@@ -6,6 +6,9 @@ from typing import Final, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from odmoe_server.importance.eviction import PolicyName
+from odmoe_server.importance.options import PrefetchSource
+from odmoe_wire.logs import LogFormat
 from odmoe_wire.settings import RoleSettings, refuse_unused
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -20,6 +23,12 @@ _PREDICTOR_USES: Final = {
     "predictor_look_ahead": ("gate",),
     "predictor_weights": ("trained",),
 }
+
+
+_MODE_USES: Final = dict.fromkeys(
+    ("alpha", "max_alpha", "max_substituted_weight", "eviction", "eviction_window", "prefetch", "cpu_share"),
+    ("importance",),
+)
 
 
 class ServingSettings(RoleSettings):
@@ -46,6 +55,13 @@ class ServingSettings(RoleSettings):
     max_queued: int = Field(64, ge=0, description="requests that may wait; more are answered with 429")
     max_context: int | None = Field(None, ge=2, description="most tokens of prompt and answer; else the model's own")
     max_body_mb: int = Field(8, ge=1, le=1024, description="largest request body")
+    max_messages: int = Field(4096, ge=1, description="most messages of a conversation")
+    max_choices: int = Field(64, ge=1, description="most answers to one request: n for each prompt")
+    max_stops: int = Field(16, ge=1, description="most stop strings of a request")
+    max_wait_s: float = Field(
+        600.0, gt=0, description="longest a request may take to its first token, the queue included; then 503"
+    )
+    max_answer_s: float = Field(3600.0, gt=0, description="longest an answer may take from there; then 504")
     keep_alive_s: float = Field(5.0, gt=0, description="longest silence in a stream before a comment is sent")
     drain_s: int = Field(10, ge=0, description="how long answers in hand may take to finish at shutdown")
     group_size: int | None = Field(
@@ -66,9 +82,41 @@ class ServingSettings(RoleSettings):
     prefill_chunk: int = Field(
         512, ge=16, le=16384, description="tokens of a prompt that go through the model at once; bounds memory"
     )
+    draft: int = Field(
+        0, ge=0, le=15, description="most tokens the shadow has guessed that are verified in one step; same answers"
+    )
+    max_running: int = Field(16, ge=1, le=256, description="sequences decoded together, sharing each layer's loads")
+    kv_memory_mb: int | None = Field(
+        None, ge=1, description="memory for keys and values of all sequences; else a quarter of what is free at start"
+    )
+    prefix_cache: bool = Field(True, description="keep keys and values of prompt heads that may come again")
     slot_mode: Literal["on-demand", "lru"] = Field(
         "on-demand", description="free an expert's slot when it was computed, or keep it until room is needed (lru)"
     )
+    mode: Literal["on-demand", "importance"] = Field(
+        "on-demand",
+        description="on-demand changes no answer; importance keeps experts in slots and lets those at hand stand in for "
+        "others that score little, where a request allows it",
+    )
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="how far an expert's score may be from the next one's to be replaced; else 0.3"
+    )
+    max_alpha: float | None = Field(
+        None, ge=0, le=1, description="most a request's expert_substitution counts for; 0 replaces none; else 1"
+    )
+    max_substituted_weight: float | None = Field(
+        None, ge=0, le=1, description="most of a token's gate weight in a layer that is replaced; else 1"
+    )
+    eviction: PolicyName | None = Field(
+        None, description="which expert leaves its slot first: lowest mean score, lru, lfu, or forecast; else score"
+    )
+    eviction_window: int | None = Field(
+        None, ge=1, le=1024, description="steps whose scores count for eviction; else 16"
+    )
+    prefetch: PrefetchSource | None = Field(
+        None, description="what experts are fetched early by: gate, shadow, off, or auto, the shadow if it has spoken"
+    )
+    cpu_share: bool | None = Field(None, description="let the server compute some missing experts itself; else not")
     timeline: Path | None = Field(
         None, description="file to draw what happens when into, for Perfetto or chrome://tracing; 64 MB, then FILE.1"
     )
@@ -78,6 +126,7 @@ class ServingSettings(RoleSettings):
     device: str = Field("cpu", description="torch device of attention and routers, such as cpu or cuda:0")
     metrics_prefix: str = Field("odmoe", pattern=r"^[A-Za-z_]\w*$", description="prefix of the metrics' names")
     log_level: LogLevel = Field("info", description="least important messages to log")
+    log_format: LogFormat = Field("text", description="of every role: lines for people, or one JSON object a line")
 
     @field_validator("served_model_names", mode="before")
     @classmethod
@@ -87,6 +136,21 @@ class ServingSettings(RoleSettings):
         if isinstance(names, list):
             return [part.strip() for name in names for part in str(name).split(",") if part.strip()]
         return names
+
+    @model_validator(mode="after")
+    def _fits_the_mode(self) -> Self:
+        refuse_unused(self, choice="mode", uses=_MODE_USES)
+        if self.mode == "on-demand":
+            return self
+        if self.slot_mode != "on-demand":
+            raise ValueError(f"--slot-mode {self.slot_mode} is for --mode on-demand; with importance, see --eviction")
+        if self.group_size is not None:
+            raise ValueError("--group-size says nothing with --mode importance: every node serves every layer")
+        if self.alpha is not None and self.max_alpha is not None and self.alpha > self.max_alpha:
+            raise ValueError(f"--alpha {self.alpha} is above --max-alpha {self.max_alpha}")
+        if self.eviction in ("lru", "lfu") and self.eviction_window is not None:
+            raise ValueError(f"--eviction-window says nothing with --eviction {self.eviction}")
+        return self
 
     @field_validator("align_token", "align_kv", mode="before")
     @classmethod
@@ -157,6 +221,24 @@ class ServeSettings(ServingSettings):
             raise ValueError(f"--predictor-weights {self.predictor_weights} is not there")
         if not self.predictor and self.predictor_kind != "shadow":
             raise ValueError(f"--predictor-kind {self.predictor_kind} says nothing with --no-predictor")
+        return self
+
+    @model_validator(mode="after")
+    def _predictor_for_importance(self) -> Self:
+        if self.mode != "importance":
+            return self
+        asks = [
+            flag
+            for flag, given in (
+                ("--prefetch shadow", self.prefetch == "shadow"),
+                ("--eviction forecast", self.eviction == "forecast"),
+            )
+            if given
+        ]
+        if asks and not self.predictor:
+            raise ValueError(f"{asks[0]} needs the predictor: leave --no-predictor out")
+        if self.predictor and not asks and not self.draft and self.prefetch in ("gate", "off"):
+            raise ValueError(f"nothing asks the predictor with --prefetch {self.prefetch}: add --no-predictor")
         return self
 
     @model_validator(mode="after")

@@ -1,73 +1,111 @@
 """One generation as text: engine tokens in, pieces of text and one ending out. Knows nothing of HTTP or OpenAI."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from odmoe_server.engine_api import Engine, ExpertStats, Finished, FinishReason, GenerationFailed, GenerationRequest
-from odmoe_server.metrics import Meter
+from odmoe_server.assembly import Assembler, Piece
+from odmoe_server.engine_api import (
+    Engine,
+    ExpertStats,
+    Finished,
+    FinishReason,
+    GenerationFailed,
+    GenerationRequest,
+    Substituted,
+)
+from odmoe_server.metrics import Meter, Times
 from odmoe_server.stops import StopFilter
-from odmoe_server.text import Detokeniser
+from odmoe_server.text import TextCodec
+
+__all__ = ["Ending", "Job", "Piece", "generate_text"]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """More of the answer's text; never empty, except the first one of an answer."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to generate, and how its text is shown."""
 
-    text: str
+    request: GenerationRequest
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """The answer is complete. `expert_stats` is None if a stop string ended it."""
+    """The answer is complete. What only the engine knows (`expert_stats`, `queue_s`) is None if a stop string ended
+    it: the engine was not asked for more then. `stopped_by` is that string."""
 
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
-    expert_stats: ExpertStats | None
+    times: Times
+    cached_tokens: int = 0
+    expert_stats: ExpertStats | None = None
+    queue_s: float | None = None
+    stopped_by: str | None = None
+    substituted: Substituted = Substituted()
 
 
 async def generate_text(
-    engine: Engine, request: GenerationRequest, *, detokeniser: Detokeniser, stops: Sequence[str], meter: Meter
+    engine: Engine, job: Job, *, text: TextCodec, meter: Meter
 ) -> AsyncGenerator[Piece | Ending, None]:
     """Text as it becomes certain, then `Ending`. Closing this closes the engine's generator.
 
     Streamed and whole answers both come from here, so they cannot differ. Raises what `Engine.generate` raises.
     """
-    stop_filter = StopFilter(stops)
-    num_tokens = 0
+    assembler, substituted = _assembler(job, text), Substituted()
     with meter:
-        async with aclosing(engine.generate(request)) as events:
+        async with aclosing(engine.generate(job.request)) as events:
             async for event in events:
                 if isinstance(event, Finished):
-                    if rest := stop_filter.push(detokeniser.flush()) + stop_filter.flush():
-                        yield Piece(rest)
-                    reason: FinishReason = "stop" if stop_filter.stopped else event.reason
+                    if rest := assembler.flush():
+                        yield rest
+                    reason: FinishReason = "stop" if assembler.stopped_by is not None else event.reason
                     meter.finished(reason)
-                    yield _ending(event, reason)
+                    meter.told(event)
+                    meter.sized(prompt_tokens=event.prompt_tokens, generation_tokens=event.completion_tokens)
+                    yield _ending(event, reason, meter=meter, stopped_by=assembler.stopped_by)
                     return
-                num_tokens += 1
                 meter.token()
-                text = stop_filter.push(detokeniser.push(event.token_id))
-                if text or num_tokens == 1:
-                    yield Piece(text)
-                if stop_filter.stopped:
+                substituted = event.substituted or substituted
+                if (piece := assembler.push(event)) is not None:
+                    yield piece
+                if assembler.stopped_by is not None:
                     meter.finished("stop")
+                    meter.sized(prompt_tokens=len(job.request.prompt_ids), generation_tokens=assembler.num_tokens)
                     break
-        if not stop_filter.stopped:
+        if assembler.stopped_by is None:
             raise GenerationFailed("The generation ended without saying why.")
     yield Ending(
         reason="stop",
-        prompt_tokens=len(request.prompt_ids),
-        completion_tokens=num_tokens,
-        expert_stats=None,
+        prompt_tokens=len(job.request.prompt_ids),
+        completion_tokens=assembler.num_tokens,
+        times=meter.times(),
+        stopped_by=assembler.stopped_by,
+        substituted=substituted,
     )
 
 
-def _ending(event: Finished, reason: FinishReason) -> Ending:
+def _assembler(job: Job, text: TextCodec) -> Assembler:
+    sampling = job.request.sampling
+    return Assembler(
+        text.detokeniser(skip_special_tokens=job.skip_special_tokens),
+        StopFilter(job.stops, include=job.include_stop),
+        min_tokens=sampling.min_tokens,
+        with_tokens=sampling.top_logprobs is not None,
+    )
+
+
+def _ending(event: Finished, reason: FinishReason, *, meter: Meter, stopped_by: str | None) -> Ending:
     return Ending(
         reason=reason,
         prompt_tokens=event.prompt_tokens,
         completion_tokens=event.completion_tokens,
+        times=meter.times(),
+        cached_tokens=event.cached_tokens,
         expert_stats=event.expert_stats,
+        queue_s=event.queue_s,
+        stopped_by=stopped_by,
+        substituted=Substituted(event.expert_stats.substituted, event.expert_stats.activations),
     )

@@ -1,6 +1,6 @@
 """What every request passes before it reaches a route: a request id, the API key, and the access log afterwards.
 
-Knows ASGI and keys. Does not know routes, apart from the one that needs no key, nor what is in a body: no prompt is
+Knows ASGI and keys. Does not know routes, apart from those that need no key, nor what is in a body: no prompt is
 ever logged.
 """
 
@@ -12,20 +12,24 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from odmoe_server.anthropic.errors import error_body
 from odmoe_server.engine_api import NotReady
 from odmoe_server.metrics import Metrics
 from odmoe_server.openai.errors import SHUTTING_DOWN, BadKey, problem_of
+from odmoe_wire import logs
 
 access_log = logging.getLogger("odmoe_server.access")
 log = logging.getLogger(__name__)
 
-OPEN_PATH = "/health"
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+PAGE_PATH = "/"  # the status page as such, on which the key can be entered; it has no figures
 # Asked for every few seconds, so of no interest in a log.
-PROBE_PATHS = (OPEN_PATH, "/metrics")
+PROBE_PATHS = OPEN_PATHS | {"/metrics"}
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -62,14 +66,16 @@ class Guard:
             self._metrics.http_answer(handler=_handler(scope), method=scope["method"], status=passage.status or 499)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
+        """Raises BadKey. Of requests with a key, says in the scope's state whose they are, without the key."""
         # scope["path"] is what the router matches; request.url is made from the Host header, which clients choose.
-        if not self._keys or scope["path"] == OPEN_PATH:
+        if not self._keys or scope["path"] in OPEN_PATHS | {PAGE_PATH}:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         matches = [hmac.compare_digest(given.encode(), key) for key in self._keys]
         if not any(matches):
             raise BadKey("Incorrect API key provided. Send it as 'Authorization: Bearer KEY'.")
+        scope["state"]["tenant"] = f"key-{matches.index(True)}"
 
 
 class _Passage:
@@ -82,6 +88,7 @@ class _Passage:
         self._send = send
         self._started_s = time.perf_counter()
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.request_id.set(request_id)  # of this request's task and those it starts
 
     async def send(self, message: Message) -> None:
         """To the client, with the request id among the headers."""
@@ -93,7 +100,8 @@ class _Passage:
     async def answer(self, error: Exception) -> None:
         """An error body, from outside of any route."""
         problem = problem_of(error)
-        content = json.dumps(problem.body).encode()
+        body = error_body(problem, path=self._scope["path"], request_id=self.request_id)
+        content = json.dumps(body).encode()
         headers = {"content-type": "application/json", "content-length": str(len(content)), **problem.headers}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": problem.status, "headers": raw})
@@ -112,6 +120,17 @@ class _Passage:
             client[0],
             self.request_id,
             self._scope["state"].get("answer_id", "-"),
+            extra=self._fields(client[0]),
+        )
+
+    def _fields(self, client: str) -> dict[str, Any]:
+        return logs.fields(
+            method=self._scope["method"],
+            path=self._scope["path"],
+            status=self.status,
+            took_s=round(time.perf_counter() - self._started_s, 4),
+            client=client,
+            answer_id=self._scope["state"].get("answer_id"),
         )
 
 

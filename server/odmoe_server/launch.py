@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.text import Text
 
 from odmoe_model.manifest import read_manifest
-from odmoe_server import listening, logs, models
+from odmoe_server import listening, models
 from odmoe_server.children import Supervisor, spawn_with
 from odmoe_server.config import ServeSettings
 from odmoe_server.launch_plan import Plan, children
+from odmoe_wire import logs
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,12 @@ class Signals:
 @dataclass(kw_only=True)
 class Voices:
     """What the children write, each line under its child's name: all the server says, and of the others what
-    matters, unless `all_of_it` is wanted. When one dies, what it said last is shown too."""
+    matters, unless `all_of_it` is wanted. When one dies, what it said last is shown too. JSON says itself who speaks:
+    there, lines come without names."""
 
     console: Console
     all_of_it: bool
+    with_names: bool = True
     _kept: dict[str, deque[str]] = field(default_factory=dict)
 
     def forward(self, name: str, line: str) -> None:
@@ -116,7 +119,8 @@ class Voices:
             self._print(name, line)
 
     def _print(self, name: str, line: str) -> None:
-        self.console.print(Text(f"{name:<9} | ", style="dim") + Text(line), soft_wrap=True)
+        before = Text(f"{name:<9} | ", style="dim") if self.with_names else Text()
+        self.console.print(before + Text(line), soft_wrap=True)
 
 
 @dataclass(kw_only=True)
@@ -132,7 +136,11 @@ class Launcher:
     def run(self) -> int:
         """Serve until asked to end; the exit status."""
         self.signals.install()
-        voices = Voices(console=self.console, all_of_it=self.plan.settings.log_level == "debug")
+        settings = self.plan.settings
+        as_json = settings.log_format == "json"
+        voices = Voices(
+            console=self.console, all_of_it=as_json or settings.log_level == "debug", with_names=not as_json
+        )
         specs = children(self.plan)
         supervisor = Supervisor(specs=specs, spawn=spawn_with(voices.forward), on_death=voices.last_words)
         try:
@@ -211,7 +219,7 @@ def greeting(plan: Plan) -> str:
 
 def serve(settings: ServeSettings, *, console: Console) -> int:
     """Everything from the model's name to the end; the exit status. Raises ValueError with a message for the user."""
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format, role="serve")
     listener = listening.bind(settings.host, settings.port)
     store = ensure_store(settings.model, wheel=settings.wheel)
     with listener, runtime_directory() as runtime:

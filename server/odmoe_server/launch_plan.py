@@ -119,7 +119,8 @@ def _forecasting(settings: ServeSettings) -> list[str]:
 
 
 def _common(plan: Plan) -> list[str]:
-    return ["--log-level", plan.settings.log_level, "--exit-with-parent"]
+    settings = plan.settings
+    return ["--log-level", settings.log_level, "--log-format", settings.log_format, "--exit-with-parent"]
 
 
 def environment(threads: int) -> dict[str, str]:

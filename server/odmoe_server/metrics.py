@@ -1,4 +1,5 @@
-"""What /metrics tells. Knows Prometheus and the engine's health; the engine knows nothing of it.
+"""What /metrics tells of requests, as a client sees them, and the page itself. Knows Prometheus; the engine knows nothing
+of it.
 
 Names carry vLLM's suffixes under a prefix of our own, so that its dashboards need only another prefix. What the engine
 counts is read from its health at each scrape, and not counted a second time here; only times as a client sees them
@@ -6,23 +7,24 @@ are measured here.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from odmoe_server.engine_api import Engine, EngineHealth, NodeHealth, NotReady, QueueFull
+from odmoe_server.engine_api import Engine, Finished, NotReady, QueueFull
+from odmoe_server.engine_metrics import EngineCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-STATES = ("loading", "waiting", "ready", "stopping", "dead")
 Outcome = Literal["stop", "length", "abort", "error"]
 
 _FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _BETWEEN_TOKENS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5)
 _WHOLE_S = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_PHASE_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536, 262_144)
 
 
 class Metrics:
@@ -57,6 +59,24 @@ class Metrics:
         self.e2e_latency = histogram(
             "e2e_request_latency_seconds", "From the request's arrival to the end of its answer.", _WHOLE_S
         )
+        self.queue_time = histogram("request_queue_time_seconds", "In the queue. Of answers the engine ended.", _PHASE_S)
+        self.prefill_time = histogram(
+            "request_prefill_time_seconds", "From the queue to the first token. Of answers the engine ended.", _PHASE_S
+        )
+        self.decode_time = histogram(
+            "request_decode_time_seconds", "From the first token to the last. Of answers the engine ended.", _PHASE_S
+        )
+        self.prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.generation_tokens = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+
+        def counter(name: str, text: str) -> Counter:
+            family = Counter(f"{prefix}:{name}", text, labelnames=("model_name",), registry=self.registry)
+            return family.labels(model_name)
+
+        self.prefix_queries = counter(
+            "prefix_cache_queries", "Prompt tokens that were looked up in the cache. Of answers the engine ended."
+        )
+        self.prefix_hits = counter("prefix_cache_hits", "Those of them whose keys and values were there already.")
         self._outcomes = Counter(
             f"{prefix}:request_success",
             "Requests that were begun, by how they ended: stop, length, abort (client gone), error.",
@@ -82,27 +102,62 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Of one answer, as the HTTP side saw it: seconds from the request's arrival to the first token, from there to
+    the newest, and how many tokens that were."""
+
+    first_token_s: float
+    answer_s: float
+    num_tokens: int
+
+
 class Meter:
     """Measures one request: entered when it begins, left when it is over or given up."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._arrived_s = metrics.clock()
+        self._first_token_s: float | None = None
         self._last_token_s: float | None = None
+        self._num_tokens = 0
         self._outcome: Outcome | None = None
 
     def token(self) -> None:
         """A token came."""
         now_s = self._metrics.clock()
         if self._last_token_s is None:
+            self._first_token_s = now_s
             self._metrics.time_to_first_token.observe(now_s - self._arrived_s)
         else:
             self._metrics.inter_token_latency.observe(now_s - self._last_token_s)
         self._last_token_s = now_s
+        self._num_tokens += 1
+
+    def times(self) -> Times:
+        """Of the tokens so far; an answer without any took its time to find that out."""
+        first_s = self._metrics.clock() if self._first_token_s is None else self._first_token_s
+        last_s = first_s if self._last_token_s is None else self._last_token_s
+        return Times(
+            first_token_s=first_s - self._arrived_s, answer_s=last_s - first_s, num_tokens=self._num_tokens
+        )
 
     def finished(self, outcome: Outcome) -> None:
         """The answer is complete."""
         self._outcome = outcome
+
+    def sized(self, *, prompt_tokens: int, generation_tokens: int) -> None:
+        """So much went in and came out; of complete answers."""
+        self._metrics.prompt_tokens.observe(prompt_tokens)
+        self._metrics.generation_tokens.observe(generation_tokens)
+
+    def told(self, event: Finished) -> None:
+        """What only the engine knows of an answer that it ended."""
+        self._metrics.queue_time.observe(event.queue_s)
+        self._metrics.prefill_time.observe(event.prefill_s)
+        self._metrics.decode_time.observe(event.decode_s)
+        self._metrics.prefix_queries.inc(event.prompt_tokens)
+        self._metrics.prefix_hits.inc(event.cached_tokens)
 
     def __enter__(self) -> "Meter":
         return self
@@ -118,103 +173,3 @@ class Meter:
         else:
             # GeneratorExit and CancelledError, by which a consumer gives up, are no Exceptions.
             self._metrics.ended("error" if isinstance(error, Exception) or error is None else "abort")
-
-
-class EngineCollector(Collector):
-    """The engine's health as Prometheus families."""
-
-    def __init__(self, engine: Engine, *, model_name: str, prefix: str) -> None:
-        self._engine = engine
-        self._model_name = model_name
-        self._prefix = prefix
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: there is no need to ask the engine just to register."""
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        """All families, from one snapshot."""
-        health = self._engine.health()
-        yield from self._requests(health)
-        yield from self._experts(health)
-        yield from self._nodes(health.nodes)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=("model_name",))
-        family.add_metric((self._model_name,), value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"{self._prefix}:{name}", text, labels=("model_name",))
-        family.add_metric((self._model_name,), value)
-        return family
-
-    def _requests(self, health: EngineHealth) -> Iterable[Metric]:
-        yield self._gauge("num_requests_running", "Requests being answered.", health.running)
-        yield self._gauge("num_requests_waiting", "Requests in the queue.", health.queued)
-        yield self._counter("prompt_tokens", "Prompt tokens computed.", health.prompt_tokens_total)
-        yield self._counter("generation_tokens", "Tokens generated.", health.generation_tokens_total)
-        state = GaugeMetricFamily(f"{self._prefix}:engine_state", "1 for the engine's state.", labels=("state",))
-        for name in STATES:
-            state.add_metric((name,), health.state == name)
-        yield state
-
-    def _experts(self, health: EngineHealth) -> Iterable[Metric]:
-        totals = health.totals
-        yield self._counter(
-            "expert_activations", "Experts the gate chose in decode steps, over layers and steps.", totals.activations
-        )
-        yield self._counter(
-            "expert_activations_predicted", "Those of them in a forecast before the gate spoke.", totals.predicted
-        )
-        yield self._counter(
-            "expert_activations_predicted_late", "Those of them in a forecast after it.", totals.predicted_late
-        )
-        outcomes = CounterMetricFamily(
-            f"{self._prefix}:expert_predictions",
-            "Experts by how the compute found them: hit (in its slot), late (being loaded), miss (not ordered yet).",
-            labels=("outcome",),
-        )
-        for outcome, count in (("hit", totals.hit), ("late", totals.late), ("miss", totals.missed)):
-            outcomes.add_metric((outcome,), count)
-        yield outcomes
-        if totals.activations:
-            recall = (totals.predicted + totals.predicted_late) / totals.activations
-            text = "Share of the activations that was forecast, in time or not."
-            yield self._gauge("expert_prediction_recall", text, recall)
-        yield self._counter("expert_wait_seconds", "Time computes waited for experts.", totals.wait_s)
-        text = "Time decode steps waited for experts: of each layer, the longest wait."
-        yield self._counter("expert_stall_seconds", text, totals.stall_s)
-        yield self._counter("failovers", "Computations given to another node.", health.failovers_total)
-        yield self._counter("failures", "Answers that broke off for a reason nobody foresaw.", health.failures_total)
-        yield self._counter("protocol_errors", "Messages that were not accepted.", health.protocol_errors_total)
-        yield self._gauge("predictor_up", "1 if the predictor is alive.", health.predictor_alive)
-
-    def _nodes(self, nodes: Iterable[NodeHealth]) -> Iterable[Metric]:
-        up = GaugeMetricFamily(f"{self._prefix}:node_up", "1 if the peer is alive.", labels=("node", "role"))
-        slots = GaugeMetricFamily(f"{self._prefix}:expert_slots", "Expert slots.", labels=("node", "state"))
-        families = {name: self._node_family(name, text, kind) for name, (text, kind, _) in _NODE_FAMILIES.items()}
-        for node in nodes:
-            up.add_metric((node.peer_id, node.role), node.alive)
-            if node.role == "node":
-                slots.add_metric((node.peer_id, "used"), node.used_slots)
-                slots.add_metric((node.peer_id, "free"), node.slots - node.used_slots)
-                for name, (_, _, value_of) in _NODE_FAMILIES.items():
-                    families[name].add_metric((node.peer_id,), value_of(node))
-        yield from (up, slots, *families.values())
-
-    def _node_family(self, name: str, text: str, kind: str) -> GaugeMetricFamily | CounterMetricFamily:
-        family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
-        return family(f"{self._prefix}:{name}", text, labels=("node",))
-
-
-_NODE_FAMILIES: dict[str, tuple[str, str, Callable[[NodeHealth], float]]] = {
-    "expert_accounted_bytes": ("Bytes of experts in slots.", "gauge", lambda node: node.accounted_bytes),
-    "expert_budget_bytes": ("Bytes a node may hold.", "gauge", lambda node: node.budget_bytes),
-    "node_rss_bytes": ("Resident memory of the node's process.", "gauge", lambda node: node.rss_bytes),
-    "expert_loads": ("Experts loaded.", "counter", lambda node: node.loads_total),
-    "expert_loads_unused": ("Experts loaded for nothing.", "counter", lambda node: node.loads_unused_total),
-    "expert_load_bytes": ("Bytes of experts loaded.", "counter", lambda node: node.load_bytes_total),
-    "expert_load_seconds": ("Time spent loading experts.", "counter", lambda node: node.load_s_total),
-    "expert_compute_seconds": ("Time spent computing experts.", "counter", lambda node: node.compute_s_total),
-}

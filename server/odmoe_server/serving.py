@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,17 +16,22 @@ import anyio.to_thread
 import uvicorn
 import zmq
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from odmoe_model.skeleton import load_generation_config, load_tokenizer
 from odmoe_model.store import ExpertStore
-from odmoe_server import listening, logs, models
+from odmoe_server import listening, models
 from odmoe_server.app import create_app
 from odmoe_server.catalog import Catalog
 from odmoe_server.config import AlignPeriod, ServerSettings, ServingSettings
+from odmoe_server.draining import Drain, DrainingServer
 from odmoe_server.engine.align import Periods
 from odmoe_server.engine.build import EngineOptions, build_engine
 from odmoe_server.engine_api import Engine, Sampling
+from odmoe_server.importance.options import ImportanceOptions
+from odmoe_server.limits import ServiceLimits
 from odmoe_server.text import TextCodec
+from odmoe_wire import logs
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.lifeline import end_with_parent
 
@@ -33,6 +39,7 @@ log = logging.getLogger(__name__)
 
 OWN_KEY = "server"
 MAX_HEADER_BYTES = 64 * 1024
+MEGABYTE = 1 << 20
 IDLE_CONNECTION_S = 30
 BACKLOG = 512
 
@@ -53,17 +60,26 @@ def run(settings: ServerSettings, *, store_path: Path) -> None:
     """Serve the store at `store_path` until SIGINT or SIGTERM. Raises ValueError with a message for the user."""
     if settings.exit_with_parent:
         end_with_parent(signal.SIGKILL)
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format, role="server")
     fd = settings.listen_fd
     listener = listening.inherited(fd) if fd is not None else listening.bind(settings.host, settings.port)
     store = ExpertStore.open(store_path, verify=False)
     engine = build_engine(store, engine_options(settings), context=zmq.Context())
-    app = build_app(settings, store=store, engine=engine, lifespan=_lifespan(engine))
+    drains: list[Drain] = []
+    app = build_app(
+        settings,
+        store=store,
+        engine=engine,
+        lifespan=lifespan_of(engine),
+        is_leaving=lambda: any(drain.has_begun for drain in drains),
+    )
     log.info("listening on %s", listening.url(listener))
     # uvicorn catches these while it runs and raises them again when it is done: by then they have done their work.
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: None)
-    uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[listener])
+    drain = Drain(app, drain_s=settings.drain_s)
+    drains.append(drain)
+    DrainingServer(uvicorn_config(drain, settings), drain=drain).run(sockets=[listener])
 
 
 def build_app(
@@ -72,6 +88,7 @@ def build_app(
     store: ExpertStore,
     engine: Engine,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None,
+    is_leaving: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The HTTP application for a store and its engine."""
     catalog = Catalog(
@@ -83,13 +100,36 @@ def build_app(
     )
     return create_app(
         engine=engine,
-        text=TextCodec(load_tokenizer(store)),
+        text=TextCodec(
+            load_tokenizer(store), num_embeddings=store.manifest.config.get("vocab_size"), end_ids=end_ids(store)
+        ),
         catalog=catalog,
         api_keys=api_keys(settings),
         keep_alive_s=settings.keep_alive_s,
-        max_body_bytes=settings.max_body_mb * 2**20,
+        limits=service_limits(settings),
         metrics_prefix=settings.metrics_prefix,
+        is_leaving=is_leaving,
         lifespan=lifespan,
+    )
+
+
+def end_ids(store: ExpertStore) -> Sequence[int] | None:
+    """The tokens that end an answer, where the checkpoint names them."""
+    ids: int | list[int] | None = load_generation_config(store).eos_token_id
+    return [ids] if isinstance(ids, int) else ids
+
+
+def service_limits(settings: ServingSettings) -> ServiceLimits:
+    """What one client may ask for."""
+    return ServiceLimits(
+        max_body_bytes=settings.max_body_mb * MEGABYTE,
+        max_messages=settings.max_messages,
+        max_choices=settings.max_choices,
+        max_stops=settings.max_stops,
+        max_queued=settings.max_queued,
+        max_wait_s=settings.max_wait_s,
+        max_answer_s=settings.max_answer_s,
+        substitutes=settings.mode == "importance" and settings.max_alpha != 0,
     )
 
 
@@ -99,7 +139,11 @@ def default_sampling(store: ExpertStore, settings: ServingSettings) -> Sampling:
     temperature = own.temperature if settings.default_temperature is None else settings.default_temperature
     top_p = own.top_p if settings.default_top_p is None else settings.default_top_p
     return Sampling(
-        temperature=1.0 if temperature is None else float(temperature), top_p=1.0 if top_p is None else float(top_p)
+        temperature=1.0 if temperature is None else float(temperature),
+        top_p=1.0 if top_p is None else float(top_p),
+        top_k=int(own.top_k or 0),
+        min_p=float(own.min_p or 0.0),
+        repetition_penalty=float(own.repetition_penalty or 1.0),
     )
 
 
@@ -138,14 +182,35 @@ def engine_options(settings: ServerSettings) -> EngineOptions:
         trace=settings.trace,
         prefill_chunk=settings.prefill_chunk,
         slot_mode=settings.slot_mode,
+        importance=importance_options(settings),
+        draft=settings.draft,
+        max_running=settings.max_running,
+        kv_memory_bytes=None if settings.kv_memory_mb is None else settings.kv_memory_mb * MEGABYTE,
+        prefix_cache=settings.prefix_cache,
     )
+
+
+def importance_options(settings: ServingSettings) -> ImportanceOptions | None:
+    """What importance mode was told, its own defaults for the rest; None in another mode."""
+    if settings.mode != "importance":
+        return None
+    told = {
+        "alpha": settings.alpha,
+        "max_alpha": settings.max_alpha,
+        "max_weight": settings.max_substituted_weight,
+        "eviction": settings.eviction,
+        "window": settings.eviction_window,
+        "prefetch": settings.prefetch,
+        "cpu_share": settings.cpu_share,
+    }
+    return replace(ImportanceOptions(), **{name: value for name, value in told.items() if value is not None})
 
 
 def _period(text: AlignPeriod) -> int | None:
     return None if text == "off" else int(text)
 
 
-def uvicorn_config(app: FastAPI, settings: ServingSettings) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, settings: ServingSettings) -> uvicorn.Config:
     """Everything about the HTTP server that must not be left to its defaults."""
     return uvicorn.Config(
         app,
@@ -163,7 +228,7 @@ def uvicorn_config(app: FastAPI, settings: ServingSettings) -> uvicorn.Config:
     )
 
 
-def _lifespan(engine: StartedEngine) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def lifespan_of(engine: StartedEngine) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         engine.start()

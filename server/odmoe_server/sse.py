@@ -6,10 +6,12 @@ Knows ASGI and asyncio. Does not know what is being waited for.
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
+
+from odmoe_server.pump import end
 
 T = TypeVar("T")
 
@@ -34,8 +36,7 @@ async def unless_client_leaves(work: Coroutine[Any, Any, T], *, receive: Receive
             raise ClientGone
         return task.result()
     finally:
-        await _end(task)
-        await _end(watch)
+        await end(task, watch)
 
 
 async def _hung_up(receive: Receive) -> None:
@@ -43,48 +44,18 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
-async def _end(task: "asyncio.Future[Any]") -> None:
-    """Cancel and wait until it has cleaned up."""
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()  # seen; who waits for the task has raised it already
-
-
-class Pull(Generic[T]):
-    """A generator one can wait for with patience for each item, without losing the item when patience ends."""
-
-    def __init__(self, source: AsyncGenerator[T, None]) -> None:
-        self._source = source
-        self._next: asyncio.Future[T] | None = None
-
-    async def next(self, *, within_s: float) -> T | None:
-        """The next item, or None if it has not come yet. Raises what the generator raises."""
-        if self._next is None:
-            self._next = asyncio.ensure_future(anext(self._source))
-        done, _ = await asyncio.wait({self._next}, timeout=within_s)
-        if not done:
-            return None
-        item, self._next = self._next, None
-        return item.result()
-
-    async def aclose(self) -> None:
-        """Close the generator, also in the middle of a wait."""
-        if self._next is not None:
-            await _end(self._next)
-            self._next = None
-        await self._source.aclose()
-
-
 class EventStream(Response):
     """A stream of server-sent events. `close` is awaited at the end, also if the client hangs up or never listened.
-    `farewell` is sent last when the server has to break the stream off."""
+    What `farewell` gives is sent last when the server has to break the stream off."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], *, close: Callable[[], Awaitable[None]], farewell: bytes
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        close: Callable[[], Awaitable[None]],
+        farewell: Callable[[], bytes],
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -100,7 +71,7 @@ class EventStream(Response):
                 await unless_client_leaves(self._send_all(send), receive=receive)
         except asyncio.CancelledError:
             if self._begun:
-                await send(_body(self._farewell, more=False))
+                await send(_body(self._farewell(), more=False))
             raise
         finally:
             await self._events.aclose()

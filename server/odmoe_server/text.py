@@ -5,18 +5,26 @@ transformers' tokenizers keep settings in themselves while they encode. Detokeni
 has a tokenizer of its own, so that it can go on beside.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+T = TypeVar("T")
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes, so at most four tokens; what stays broken for longer is no character.
 MAX_HELD_TOKENS = 8
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE_MARK = "\u2581"  # SentencePiece's
+_NUM_TOKENS_KEPT = 65536
 
 
 class TextError(ValueError):
@@ -32,6 +40,11 @@ class Detokeniser:
         # Decoding depends on the neighbours on the left, so the tokens shown last stay in as context.
         self._ids: list[int] = []
         self._num_context = 0
+        self._num_context_chars = 0
+
+    def hides(self, token_id: int) -> bool:
+        """Whether this token is never shown."""
+        return token_id in self._special_ids
 
     def push(self, token_id: int) -> str:
         """Text that is certain now that `token_id` has come."""
@@ -43,55 +56,133 @@ class Detokeniser:
         if incomplete and len(self._ids) - self._num_context < MAX_HELD_TOKENS:
             return ""
         self._ids = self._ids[self._num_context :]
-        self._num_context = len(self._ids)
+        self._keep_all()
         return text
 
     def flush(self) -> str:
         """What is left at the end; a character that was never completed becomes U+FFFD."""
         text = self._pending()
-        self._num_context = len(self._ids)
+        self._keep_all()
         return text
 
+    def _keep_all(self) -> None:
+        self._num_context = len(self._ids)
+        self._num_context_chars = len(self._decode(self._ids))
+
     def _pending(self) -> str:
-        shown = self._decode(self._ids[: self._num_context])
-        return self._decode(self._ids)[len(shown) :]
+        return self._decode(self._ids)[self._num_context_chars :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False) if ids else ""
 
 
 class TextCodec:
-    """One model's chat template and tokenizer."""
+    """One model's chat template and tokenizer. `num_embeddings`: how many tokens the model knows, if that is fewer
+    than the tokenizer has. `end_ids`: the tokens that end an answer; else the tokenizer's own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_embeddings: int | None = None,
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise TextError(f"{type(tokenizer).__name__} has no tokenizer.json; only fast tokenizers are supported")
         self._tokenizer = tokenizer
         self._decoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        own_end = tokenizer.eos_token_id
+        self.end_ids = tuple(end_ids if end_ids is not None else () if own_end is None else (own_end,))
+        self.vocab_size = min(len(tokenizer), num_embeddings or len(tokenizer))
         added = self._decoder.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        is_bytes = _is_byte_level(self._decoder)
+        self._byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()} if is_bytes else {}
         self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._cached_bytes = lru_cache(_NUM_TOKENS_KEPT)(self._token_bytes)
 
     @property
     def can_chat(self) -> bool:
         """Whether the model comes with a chat template."""
         return self._tokenizer.chat_template is not None
 
-    async def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    @property
+    def backend(self) -> Tokenizer:
+        """The tokenizer itself; not to be changed."""
+        return self._decoder
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """Those that are never shown."""
+        return frozenset(self._added[token_id] for token_id in self._special_ids)
+
+    async def with_template(self, work: Callable[[Callable[..., str]], T]) -> T:
+        """What `work` makes of a function that renders (messages, tools, add_generation_prompt) as text."""
+        return await self._alone(lambda: work(self._render))
+
+    async def prompt_ids(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[int, ...]:
         """Token ids of the conversation, up to where the answer begins. Raises `TextError`."""
-        return await anyio.to_thread.run_sync(self._prompt_ids, messages, limiter=self._one_at_a_time)
+        return await self._alone(lambda: self._prompt_ids(messages, tools, add_generation_prompt))
 
-    def detokeniser(self) -> Detokeniser:
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text; control tokens in it are control tokens."""
+        return await self._alone(lambda: tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens)))
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, control tokens included."""
+        return await self._alone(lambda: str(self._decoder.decode(list(ids), skip_special_tokens=False)))
+
+    def detokeniser(self, *, skip_special_tokens: bool = True) -> Detokeniser:
         """For one answer."""
-        return Detokeniser(self._decoder, special_ids=self._special_ids)
+        return Detokeniser(self._decoder, special_ids=self._special_ids if skip_special_tokens else frozenset())
 
-    def _prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def token_text(self, token_id: int) -> str:
+        """One token by itself; a part of a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; those of all tokens of an answer are the bytes of its text."""
+        return self._cached_bytes(token_id)
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._decoder.id_to_token(token_id) or ""  # models may have more tokens than their tokenizer
+        if self._byte_of:
+            return bytes(self._byte_of[letter] for letter in token if letter in self._byte_of)
+        if one_byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(one_byte[1])
+        return token.replace(_SPACE_MARK, " ").encode()
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], add_generation_prompt: bool
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages), tools=list(tools), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        )
+
+    async def _alone(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
+
+    def _prompt_ids(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> tuple[int, ...]:
         if not self.can_chat:
             raise TextError("This model has no chat template, so it cannot answer a conversation.")
         try:
             ids: Any = self._tokenizer.apply_chat_template(
                 [{**message, "role": _role(message["role"])} for message in messages],
-                add_generation_prompt=True,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
                 return_dict=False,
                 # Control tokens that a user writes into a message are text, not control tokens.
                 sanitize_control_tokens=True,
@@ -104,3 +195,9 @@ class TextCodec:
 def _role(role: str) -> str:
     # The newer name for the same thing; templates know the older one.
     return "system" if role == "developer" else role
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether each letter of a token stands for a byte."""
+    decoder = tokenizer.decoder
+    return isinstance(decoder, decoders.ByteLevel) or "ByteLevel" in str(decoder)

@@ -71,6 +71,15 @@ SETUPS: dict[str, Setup] = {
     "uneven slots": Setup(slots=(1, 3)),
     "uneven slots and groups": Setup(slots=(2, 1, 4), options={"group_size": 2}),
     "a single node": Setup(slots=(1,)),
+    "drafts": Setup(run_ahead=8, options={"draft": 3}),
+    "drafts, no feedback": Setup(run_ahead=8, options={"draft": 7}, feedback=False),
+    "drafts of a bad shadow": Setup(run_ahead=8, options={"draft": 3}, precision="nf4"),
+    "drafts, hardly aligned": Setup(run_ahead=8, options={"draft": 3}, periods=Periods(token=4, kv=8)),
+    "drafts, four nodes": Setup(run_ahead=8, options={"draft": 3}, slots=(1, 1, 1, 1)),
+    "drafts, more slots": Setup(run_ahead=8, options={"draft": 3}, slots=(3, 2)),
+    "drafts, lru": Setup(run_ahead=8, options={"draft": 3, "slot_mode": "lru"}, slots=(3, 2)),
+    "drafts, groups of one": Setup(run_ahead=8, options={"draft": 3, "group_size": 1}, slots=(1, 1, 1)),
+    "drafts, chunks of 16": Setup(run_ahead=8, options={"draft": 3, "prefill_chunk": 16}),
 }
 
 
@@ -107,3 +116,6 @@ def test_the_answer_is_the_same(store_and_expected: tuple[ExpertStore, list[int]
     assert (forecast > 0) == setup.predictor, "an option must not have switched the predictor off"
     if setup.predictor:
         assert cluster.predictor.worker.counters.failed == 0
+    if setup.options.get("draft") and setup.periods.token == 1:
+        assert stats.accepted > 0, "an option must not have switched drafts off"
+    cluster.assert_nothing_held() if setup.options.get("slot_mode") != "lru" else None

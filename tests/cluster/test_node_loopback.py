@@ -58,6 +58,15 @@ def test_results_are_the_experts_rows_to_the_last_bit_with_fewer_slots_than_expe
     assert node.agent.state.used_slots == 0
 
 
+def test_each_run_has_the_bits_of_a_compute_of_its_own(node: NodeOnLoopback) -> None:
+    rows = rows_for({6: 3, 1: 1, 4: 4})
+    node.compute(1, rows, runs=[1, 1, 1, 1, 3, 1])
+    together = node.result_rows()
+    alone = {6: [1, 1, 1], 1: [1], 4: [3, 1]}
+    apart = [expected(node, 1, {e: run}) for e, x_NH in rows.items() for run in torch.split(x_NH, alone[e])]
+    assert torch.equal(together, torch.cat(apart))
+
+
 def test_a_forecast_is_a_hit_and_its_bytes_are_accounted_until_computed(node: NodeOnLoopback) -> None:
     node.forecast(0, [5])
     record_bytes = node.store.manifest.record_bytes

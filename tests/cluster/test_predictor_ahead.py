@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from odmoe_model.store import ExpertStore
-from odmoe_predictor.shadow import OnRouting, Shadow
+from odmoe_predictor.passes import OnRouting
+from odmoe_predictor.shadow import Shadow
 from odmoe_wire.messages import Align, AnyMessage, Rollback, Schedule
 from support.predictor_plain import PlainWeight
 from support.predictor_rig import PredictorRig
@@ -150,3 +151,72 @@ def test_only_what_was_forecast_for_a_wrong_token_is_void(shadow: Shadow, store:
     rig.say(Align(sequence=1, position=len(PROMPT) + 1, tokens=tokens, cache=[]))
     rig.pump()
     assert voided(rig.took["server"]) == [Rollback(sequence=1, position=len(PROMPT) + 2)]
+
+
+def drafted(messages: list[AnyMessage]) -> dict[int, int]:
+    """By position, the tokens that came with first layers."""
+    firsts = [message for message in messages if isinstance(message, Schedule) and message.tokens]
+    assert all(message.layer == 0 and len(message.tokens) == message.span.length for message in firsts)
+    return {message.span.position: message.tokens[0] for message in firsts}
+
+
+def test_server_hears_the_tokens_of_first_layers_and_nodes_do_not(shadow: Shadow, store: ExpertStore) -> None:
+    rig = ahead_rig(shadow, run_ahead=4)
+    full, token = rig.started(store, PROMPT)
+    rig.align(full, token, rows=len(PROMPT))
+    rig.pump()
+    expected = {}
+    for position in range(len(PROMPT), len(PROMPT) + 5):
+        expected[position], token = token, full.step([token])
+    assert drafted(rig.took["server"]) == expected
+    assert len(rig.schedules("server")) == 5 * store.manifest.num_moe_layers
+    assert not any(drafted(rig.took[node_id]) for node_id in NODES)
+
+
+@pytest.mark.parametrize("accepted", [3, 9])
+def test_alignment_over_several_accepted_drafts_moves_the_bound_and_costs_no_forecast(
+    shadow: Shadow, store: ExpertStore, accepted: int
+) -> None:
+    rig = ahead_rig(shadow, run_ahead=16)
+    full, token = rig.started(store, PROMPT)
+    rig.align(full, token, rows=len(PROMPT))
+    rig.pump()
+    for _ in range(2):
+        rig.schedules("server")
+        for _ in range(accepted):
+            token = full.step([token])
+        rig.align(full, token, rows=accepted)
+        rig.pump()
+        positions = {schedule.span.position for schedule in rig.schedules("server")}
+        assert positions == set(range(full.length + 17 - accepted, full.length + 17))
+        assert shadow.length(1) == full.length + 17
+    counters = rig.predictor.worker.counters
+    assert (counters.forecast, counters.known, counters.undone) == (1, 2, 0)
+    assert counters.ahead == 16 + 2 * accepted
+
+
+def test_rejected_draft_is_void_from_there_on_and_the_shadow_runs_ahead_anew(
+    shadow: Shadow, store: ExpertStore
+) -> None:
+    """Of sixteen positions ahead two drafts are accepted and the third is not."""
+    rig = ahead_rig(shadow, run_ahead=16)
+    full, token = rig.started(store, PROMPT)
+    rig.align(full, token, rows=len(PROMPT))
+    rig.pump()
+    for took in rig.took.values():
+        took.clear()
+    for _ in range(3):
+        token = full.step([token])
+    position, sampled = full.length, (token + 1) % full.vocab_size
+    rig.align(full, sampled, rows=3)
+    rig.pump()
+    for took in rig.took.values():
+        told = [message for message in took if isinstance(message, Rollback | Schedule)]
+        assert told[0] == Rollback(sequence=1, position=position)
+        assert voided(took) == [told[0]]
+    again = drafted(rig.took["server"])
+    assert sorted(again) == list(range(position, position + 17))
+    expected = [sampled]
+    for _ in range(16):
+        expected.append(full.step([expected[-1]]))
+    assert [again[at] for at in sorted(again)] == expected

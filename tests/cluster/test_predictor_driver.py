@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from odmoe_model.store import ExpertStore
-from odmoe_predictor.shadow import OnRouting, Shadow
+from odmoe_predictor.passes import OnRouting
+from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import HELLO_EVERY_S, REBIRTH_EVERY_S, RefusedError
 from odmoe_wire.messages import (
     Align,

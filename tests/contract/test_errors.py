@@ -6,10 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
+from odmoe_server.limits import ServiceLimits
 from odmoe_server.openai.errors import TABLE, problem_of
 from odmoe_server.openai.fields import CHAT_FIELDS, MESSAGE_FIELDS
-from support.http_app import CHAT, MODEL, app_of, ask, asking, request
-from support.scripted_engine import ScriptedEngine
+from support.http_app import CHAT, MODEL, app_of, ask, asking, events, request
+from support.scripted_engine import Gate, ScriptedEngine, words
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -86,10 +87,32 @@ WRONG: list[tuple[Any, str]] = [
     (asking(stream_options={"include_usage": True}), "stream_options"),
     (asking(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage"),
     (asking(stream=True, stream_options=[]), "stream_options"),
-    (asking(stream=True, stream_options={"continuous_usage_stats": True}), "stream_options.continuous_usage_stats"),
-    (asking(n=2), "n"),
+    (asking(stream=True, stream_options={"include_obfuscation": True}), "stream_options.include_obfuscation"),
+    (asking(n=65), "n"),
     (asking(n=0), "n"),
     (asking(n=True), "n"),
+    (asking(top_k=-2), "top_k"),
+    (asking(top_k=1.5), "top_k"),
+    (asking(min_p=1.1), "min_p"),
+    (asking(presence_penalty=2.1), "presence_penalty"),
+    (asking(frequency_penalty=-2.1), "frequency_penalty"),
+    (asking(repetition_penalty=0), "repetition_penalty"),
+    (asking(logit_bias={"7": 101}), "logit_bias.7"),
+    (asking(logit_bias={"a": 1}), "logit_bias"),
+    (asking(logit_bias={"-1": 1}), "logit_bias"),
+    (asking(logit_bias={"1" * 5000: 1}), "logit_bias"),
+    (asking(logit_bias={"100000": 1}), "logit_bias"),
+    (asking(logit_bias=[1]), "logit_bias"),
+    (asking(stop_token_ids=[10**6]), "stop_token_ids"),
+    (asking(stop_token_ids=[-1]), "stop_token_ids"),
+    (asking(stop_token_ids=["a"]), "stop_token_ids[0]"),
+    (asking(min_tokens=-1), "min_tokens"),
+    (asking(min_tokens=5, max_tokens=4), "min_tokens"),
+    (asking(logprobs=1), "logprobs"),
+    (asking(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (asking(logprobs=True, top_logprobs=-1), "top_logprobs"),
+    (asking(top_logprobs=2), "top_logprobs"),
+    (asking(logprobs=False, top_logprobs=0), "top_logprobs"),
     (asking(user=1), "user"),
     (asking(metadata={"a": 1}), "metadata.a"),
 ]
@@ -109,7 +132,7 @@ def test_an_unknown_field_is_refused_and_extra_body_explained() -> None:
     assert "extra_body" in error["message"]
 
 
-ASKS_FOR_SOMETHING = {"modalities": ["audio"], "logprobs": True, "tools": [{"type": "function"}], "top_k": 40}
+ASKS_FOR_SOMETHING = {"modalities": ["audio"]}
 
 
 @pytest.mark.parametrize("field", CHAT_FIELDS)
@@ -129,6 +152,50 @@ def test_every_neutral_value_is_accepted(field: str) -> None:
 @pytest.mark.parametrize("field", MESSAGE_FIELDS)
 def test_every_known_field_of_a_message_is_refused_by_name(field: str) -> None:
     assert refused(user("x", **{field: "something"}))["param"] == f"messages[0].{field}"
+
+
+TIGHT = ServiceLimits(max_messages=2, max_choices=3, max_stops=1, max_queued=4, max_wait_s=0.01, max_answer_s=0.02)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (messages(*[{"role": "user", "content": "x"}] * 3), "messages"),
+        (asking(n=4), "n"),
+        (asking(stop=["a", "b"]), "stop"),
+    ],
+)
+def test_the_operators_limits(body: Any, param: str) -> None:
+    engine = ScriptedEngine.saying("must not be asked")
+    assert error_of(ask(engine, body, limits=TIGHT), 400)["param"] == param
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(("n", "status"), [(2, 200), (3, 429)])
+def test_a_full_queue_is_told_before_the_messages_are_looked_at(n: int, status: int) -> None:
+    """Two wait already, and each choice takes a place."""
+    engine = ScriptedEngine.saying("x")
+    answer = ask(engine, asking("y" * (10_000 if status == 429 else 1), n=n), limits=TIGHT)
+    assert answer.status_code == status
+    if status == 429:
+        assert error_of(answer, 429)["code"] == "queue_full"
+        assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize(("said", "status", "code"), [("", 503, "queue_timeout"), ("begun", 504, "generation_timeout")])
+def test_an_answer_that_takes_too_long(said: str, status: int, code: str) -> None:
+    engine = ScriptedEngine(script=[*words(said), Gate()])
+    answer = ask(engine, asking(), limits=TIGHT)
+    assert error_of(answer, status)["code"] == code
+    assert ("retry-after" in answer.headers) == (status == 503)
+    assert engine.open_generators == 0
+
+
+def test_a_stream_that_takes_too_long_says_so_and_ends() -> None:
+    engine = ScriptedEngine(script=[*words("begun"), Gate()])
+    *_, last = events(ask(engine, asking(stream=True), limits=TIGHT).content)
+    assert last["error"]["code"] == "generation_timeout"
+    assert engine.open_generators == 0
 
 
 RAW = [
@@ -177,7 +244,7 @@ def test_too_large_a_body(announced: bool) -> None:
             seen += 1
             yield piece
 
-    app = app_of(ScriptedEngine.saying("x"), max_body_bytes=1000)
+    app = app_of(ScriptedEngine.saying("x"), limits=ServiceLimits(max_body_bytes=1000))
     headers = {"content-type": "application/json"}
     content: Any = b"".join(pieces) if announced else body()
     error = error_of(request(app, "POST", CHAT, content=content, headers=headers), 413)

@@ -37,7 +37,7 @@ def test_the_body_is_what_openai_sends() -> None:
             "prompt_tokens": num_prompt,
             "completion_tokens": 10,
             "total_tokens": num_prompt + 10,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 3},
             "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }

@@ -46,7 +46,10 @@ def test_health_when_ready() -> None:
         "predictor_alive": True,
         "running": 1,
         "queued": 2,
-        "nodes": [{"id": "node-0", "role": "node", "alive": True, "slots": 4, "used_slots": 1}],
+        "nodes": [
+            {"id": "node-0", "role": "node", "alive": True, "slots": 4, "used_slots": 1},
+            {"id": "predictor", "role": "predictor", "alive": True, "slots": 0, "used_slots": 0},
+        ],
     }
 
 
@@ -82,13 +85,18 @@ def samples(app: Any) -> dict[tuple[str, frozenset[str]], float]:
         ("num_requests_waiting", {MODEL}, 2),
         ("prompt_tokens_total", {MODEL}, 11),
         ("generation_tokens_total", {MODEL}, 22),
+        ("kv_cache_usage_perc", {MODEL}, 0.25),
+        ("kv_cache_bytes", {"running"}, 300),
+        ("kv_cache_bytes", {"prefix"}, 100),
+        ("kv_cache_bytes", {"budget"}, 1600),
         ("engine_state", {"ready"}, 1),
         ("engine_state", {"loading"}, 0),
         ("expert_activations_total", {MODEL}, 10),
-        ("expert_activations_predicted_total", {MODEL}, 9),
-        ("expert_predictions_total", {"hit"}, 7),
-        ("expert_predictions_total", {"late"}, 2),
-        ("expert_predictions_total", {"miss"}, 1),
+        ("expert_activations_predicted_total", {MODEL}, 8),
+        ("expert_activations_predicted_late_total", {MODEL}, 1),
+        ("expert_predictions_total", {"0", "hit"}, 5),
+        ("expert_predictions_total", {"1", "late"}, 1),
+        ("expert_predictions_total", {"1", "miss"}, 1),
         ("expert_prediction_recall", {MODEL}, 0.9),
         ("expert_wait_seconds_total", {MODEL}, 0.125),
         ("failovers_total", {MODEL}, 3),
@@ -104,8 +112,46 @@ def samples(app: Any) -> dict[tuple[str, frozenset[str]], float]:
         ("expert_loads_total", {"node-0"}, 7),
         ("expert_loads_unused_total", {"node-0"}, 2),
         ("expert_load_bytes_total", {"node-0"}, 7000),
-        ("expert_load_seconds_total", {"node-0"}, 0.5),
+        ("expert_load_seconds_sum", {"node-0"}, 0.5),
+        ("expert_load_seconds_count", {"node-0"}, 7),
+        ("expert_load_seconds_bucket", {"node-0", "0.1"}, 4),
+        ("expert_load_seconds_bucket", {"node-0", "1.0"}, 6),
+        ("expert_load_seconds_bucket", {"node-0", "+Inf"}, 7),
+        ("rpc_seconds_sum", {"node-0"}, 0.4),
+        ("rpc_seconds_count", {"node-0"}, 8),
         ("expert_compute_seconds_total", {"node-0"}, 0.25),
+        ("expert_stall_seconds_total", {MODEL}, 0.0625),
+        ("expert_substitutions_total", {MODEL}, 3),
+        ("spec_decode_num_draft_tokens_total", {MODEL}, 6),
+        ("spec_decode_num_accepted_tokens_total", {MODEL}, 4),
+        ("expert_loads_failed_total", {"node-0"}, 11),
+        ("expert_loads_cancelled_total", {"node-0"}, 12),
+        ("expert_loads_broken_off_total", {"node-0"}, 13),
+        ("expert_broken_off_seconds_total", {"node-0"}, 0.75),
+        ("expert_evictions_total", {"node-0"}, 14),
+        ("node_late_forecasts_total", {"node-0"}, 15),
+        ("node_stale_messages_total", {"node-0"}, 16),
+        ("node_duplicate_computes_total", {"node-0"}, 17),
+        ("node_expired_computes_total", {"node-0"}, 18),
+        ("node_overflows_total", {"node-0"}, 19),
+        ("node_undelivered_total", {"node-0"}, 20),
+        ("node_loop_errors_total", {"node-0"}, 21),
+        ("node_protocol_errors_total", {"node-0"}, 22),
+        ("node_bad_messages_total", {"node-0"}, 23),
+        ("node_up", {"predictor"}, 1),
+        ("predictor_undelivered_total", {"predictor"}, 31),
+        ("predictor_loop_errors_total", {"predictor"}, 32),
+        ("predictor_protocol_errors_total", {"predictor"}, 33),
+        ("predictor_bad_messages_total", {"predictor"}, 34),
+        ("predictor_forecasts_total", {"predictor"}, 35),
+        ("predictor_rebirths_total", {"predictor"}, 36),
+        ("cluster_epoch", {MODEL}, 41),
+        ("node_rejoins_total", {MODEL}, 42),
+        ("stale_forecasts_total", {MODEL}, 43),
+        ("duplicate_answers_total", {MODEL}, 44),
+        ("shadow_realign_total", {MODEL}, 45),
+        ("loop_errors_total", {MODEL}, 46),
+        ("shadow_lead_layers", {MODEL}, 47),
     ],
 )
 def test_metrics_tell_the_engines_health(name: str, labels: set[str], value: float) -> None:
@@ -138,6 +184,36 @@ def test_metrics_of_requests() -> None:
     assert found["odmoe:time_to_first_token_seconds_count", only] == 4
     assert found["odmoe:inter_token_latency_seconds_count", only] == 3 + 1 + 2 + 0
     assert found["odmoe:e2e_request_latency_seconds_count", only] == 3
+    assert found["odmoe:request_generation_tokens_count", only] == 3
+    assert found["odmoe:request_generation_tokens_sum", only] == 5 + 2 + 3
+    prompts = [len(asked.prompt_ids) for asked in engine.requests]
+    assert found["odmoe:request_prompt_tokens_sum", only] == sum(prompts[:3])
+
+
+def test_metrics_of_what_only_the_engine_knows() -> None:
+    """The answer that a stop string ended is not among them: the engine was not asked to its end."""
+    engine = ScriptedEngine.saying("four")
+    app = app_of(engine)
+    request(app, "POST", CHAT, json=asking())
+    request(app, "POST", CHAT, json=asking(max_tokens=2))
+    request(app, "POST", CHAT, json=asking(stop="u"))
+    found = samples(app)
+    only = frozenset({MODEL})
+    for name, each in (("queue", 0.25), ("prefill", 0.5), ("decode", 2.0)):
+        assert found[f"odmoe:request_{name}_time_seconds_count", only] == 2
+        assert found[f"odmoe:request_{name}_time_seconds_sum", only] == 2 * each
+    assert found["odmoe:prefix_cache_hits_total", only] == 2 * 3
+    assert found["odmoe:prefix_cache_queries_total", only] == sum(len(r.prompt_ids) for r in engine.requests[:2])
+
+
+def test_metrics_of_http() -> None:
+    app = app_of(ScriptedEngine.saying("four"))
+    request(app, "POST", CHAT, json=asking())
+    request(app, "POST", CHAT, json=asking())
+    request(app, "POST", CHAT, json=asking(stop="u"))
+    request(app, "POST", CHAT, json=asking(temperature=9))
+    request(app, "GET", "/no/such/place")
+    found = samples(app)
     assert found["http_requests_total", frozenset({CHAT, "POST", "200"})] == 3
     assert found["http_requests_total", frozenset({CHAT, "POST", "400"})] == 1
     assert found["http_requests_total", frozenset({"unknown", "GET", "404"})] == 1
@@ -169,7 +245,7 @@ KEYED = {"api_keys": ("first-key", "second-key")}
         ("GET", "/openapi.json"),
         ("GET", "/no/such/place"),
         ("GET", "/health/"),
-        ("GET", "//health"),
+        ("GET", "/health//"),
         ("GET", "/HEALTH"),
     ],
 )
@@ -234,9 +310,51 @@ def test_the_access_log_has_the_ids_and_not_the_prompt(caplog: pytest.LogCapture
     assert not any("hidden" in message for message in ours)
 
 
-def test_the_openapi_document_tells_of_the_request() -> None:
-    document = request(app_of(ScriptedEngine()), "GET", "/openapi.json").json()
-    operation = document["paths"][CHAT]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
-    assert set(schema["required"]) == {"model", "messages"}
-    assert "temperature" in schema["properties"]
+def test_load_and_stats_and_the_cluster() -> None:
+    app = app_of(ScriptedEngine())
+    assert request(app, "GET", "/load").json() == {"server_load": 3, "running": 1, "queued": 2}
+    stats = request(app, "GET", "/v1/stats").json()
+    assert (stats["experts"]["hit_rate"], stats["experts"]["prediction_recall"]) == (0.7, 0.9)
+    assert stats["nodes"][0]["load_bytes_total"] == 7000
+    cluster = request(app, "GET", "/cluster").json()
+    assert (cluster["model"], cluster["model_fingerprint"]) == (MODEL, "odmoe_0123456789ab")
+    assert [node["id"] for node in cluster["nodes"]] == ["node-0", "predictor"]
+
+
+def test_stats_before_anything_happened() -> None:
+    engine = ScriptedEngine(state=replace(READY, totals=ExpertStats()))
+    experts = request(app_of(engine), "GET", "/v1/stats").json()["experts"]
+    assert (experts["hit_rate"], experts["prediction_recall"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "live", "ready"), [("ready", 200, 200), ("loading", 200, 503), ("waiting", 200, 503), ("dead", 503, 503)]
+)
+def test_liveness_is_not_readiness(state: str, live: int, ready: int) -> None:
+    engine = ScriptedEngine()
+    engine.unready(state, "in words")
+    app = app_of(engine, **KEYED)
+    assert request(app, "GET", "/health/live").status_code == live
+    assert request(app, "GET", "/health/ready").status_code == ready
+
+
+@pytest.mark.parametrize(
+    "path", ["/chat/completions", "/completions", "/tokenize", "/detokenize", "/load", "/v1/stats", "/cluster", "/ping"]
+)
+def test_every_other_route_needs_the_key(path: str) -> None:
+    assert request(app_of(ScriptedEngine(), **KEYED), "POST", path).status_code == 401
+
+
+def test_whose_request_it_is_reaches_the_engine_without_the_key() -> None:
+    engine = ScriptedEngine.saying("x")
+    for key in KEYED["api_keys"]:
+        request(app_of(engine, **KEYED), "POST", CHAT, json=asking(), headers={"x-api-key": key})
+    request(app_of(engine), "POST", CHAT, json=asking())
+    assert [asked.tenant for asked in engine.requests] == ["key-0", "key-1", ""]
+
+
+@pytest.mark.parametrize("path", ["/models", f"/models/{ALIAS}"])
+def test_the_paths_of_llama_cpp(path: str) -> None:
+    app = app_of(ScriptedEngine.saying("x"))
+    assert request(app, "GET", path).json() == request(app, "GET", f"/v1{path}").json()
+    assert request(app, "POST", "/chat/completions", json=asking()).status_code == 200

@@ -1,6 +1,7 @@
 """The default model through server, predictor and two node agents over real sockets, fewer slots than experts.
 
-Greedy tokens equal those of transformers' `generate` with eager experts on the same checkpoint, in its own bf16.
+Greedy tokens equal those of transformers' `generate` with eager experts on the same checkpoint, in its own bf16. And
+what a schema or a tool demands of an answer holds, as small as the model is.
 """
 
 import shutil
@@ -13,7 +14,10 @@ from odmoe_model import builtin
 from odmoe_model.prepare import prepare
 from odmoe_model.skeleton import load_tokenizer
 from odmoe_model.store import ExpertStore
+from odmoe_server.config import ServeSettings
+from odmoe_server.serving import build_app
 from support.cluster import local_cluster
+from support.demands import check_demands
 from support.reference import reference_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,6 +44,7 @@ def test_greedy_tokens_equal_those_of_transformers(wheel: Path, tmp_path: Path) 
             tokens, finished = cluster.generate(prompt, max_tokens=NUM_TOKENS)
             assert tokens == reference_tokens(checkpoint, prompt, NUM_TOKENS), question
             assert finished.expert_stats.activations == (NUM_TOKENS - 1) * 30 * 2
+        check_demands(build_app(ServeSettings(), store=store, engine=cluster.engine, lifespan=None))
         totals = cluster.engine.health().totals
         assert totals.predicted + totals.predicted_late > 0.5 * totals.activations
     shutil.rmtree(checkpoint)  # 1.4 GB, which pytest would keep for three runs

@@ -1,66 +1,19 @@
 """The real OpenAI SDK against a real uvicorn, with a scripted engine behind it."""
 
-import asyncio
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from odmoe_server import listening
-from odmoe_server.config import ServeSettings
 from odmoe_server.engine_api import QueueFull
-from odmoe_server.serving import uvicorn_config
-from support.http_app import MODEL, app_of, events, text_of
+from support.http_app import MODEL, events, text_of
+from support.http_served import DEADLINE_S, running, until
 from support.scripted_engine import Gate, ScriptedEngine, words
 
 pytestmark = pytest.mark.slow
-DEADLINE_S = 20.0
-
-
-class Served:
-    """A server on a free port, on a thread of its own."""
-
-    def __init__(self, engine: ScriptedEngine, **options: object) -> None:
-        self._listener = listening.bind("127.0.0.1", 0)
-        self.server = uvicorn.Server(uvicorn_config(app_of(engine, **options), ServeSettings(drain_s=5)))
-        self.url = listening.url(self._listener)
-        self._loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self.server.serve(sockets=[self._listener]))
-
-    def open(self, gate: Gate) -> None:
-        """Let the script go on."""
-        self._loop.call_soon_threadsafe(gate.opened.set)
-
-
-@contextmanager
-def running(engine: ScriptedEngine, **options: object) -> Iterator[Served]:
-    """A server that runs, and ends in bounded time."""
-    served = Served(engine, **options)
-    served.thread.start()
-    try:
-        until(lambda: served.server.started)
-        yield served
-    finally:
-        served.server.should_exit = True
-        served.thread.join(DEADLINE_S)
-        assert not served.thread.is_alive()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.01)
 
 
 @contextmanager

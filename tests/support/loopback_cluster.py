@@ -20,10 +20,12 @@ from odmoe_predictor.switchboard import FromNode, FromServer
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.state import ClusterState
 from odmoe_server.engine.build import EngineOptions, cluster_config, load_model
+from odmoe_server.engine.rota import Rota
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine.sequence import Outbox
 from odmoe_server.engine.sequence import Sequence as Generation
 from odmoe_server.engine_api import ExpertStats, GenerationRequest, Sampling
+from odmoe_server.moe.tally import Tally
 from odmoe_wire.link import Link
 from odmoe_wire.loopback import LoopbackNetwork
 from odmoe_wire.messages import ToNode, ToServer
@@ -174,6 +176,54 @@ class LoopbackCluster:
     ) -> tuple[list[int], ExpertStats]:
         """Greedy tokens, end tokens ignored; `on_token` hears how many there are after each, `on_logits` what each is
         chosen from."""
+        generation = self._generation(prompt_ids, max_tokens)
+        tokens: list[int] = []
+        while len(tokens) < max_tokens:
+            if not generation.is_prompt:
+                self._loaded.stepper.draft(generation, most=self.options.draft)
+            (rows,) = self._loaded.stepper.step([generation])
+            before = len(generation.ids)
+            self._loaded.stepper.take(generation, rows)
+            if generation.is_prompt:
+                continue
+            for logits_V in rows[: len(generation.ids) - before]:
+                on_logits(logits_V)
+            tokens = generation.ids[len(prompt_ids) :]
+            on_token(len(tokens))
+        self.driver.end_sequence(generation.sequence_id)
+        return tokens, generation.decode_tally.stats()
+
+    @property
+    def total(self) -> Tally:
+        """Counts of all generations."""
+        return self._loaded.total
+
+    def generate_together(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int
+    ) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
+        """Greedy tokens of several sequences decoded together, and the logits_V each was chosen from. Each sequence joins
+        one step after the one before."""
+        waiting = [self._generation(prompt_ids, max_tokens) for prompt_ids in prompts]
+        everybody, running = list(waiting), list[Generation]()
+        logits: dict[int, list[torch.Tensor]] = {generation.sequence_id: [] for generation in waiting}
+        rota = Rota(chunk=self.options.prefill_chunk, draft=self.options.draft)
+        while waiting or running:
+            running += [waiting.pop(0)] if waiting else []
+            batch = rota.next_batch(running)
+            for generation in batch:
+                if not generation.is_prompt:
+                    self._loaded.stepper.draft(generation, most=rota.num_drafts(len(batch)))
+            for generation, rows in zip(batch, self._loaded.stepper.step(batch), strict=True):
+                before = len(generation.ids)
+                self._loaded.stepper.take(generation, rows)
+                logits[generation.sequence_id] += rows[: len(generation.ids) - before]
+                if generation.finish_reason is not None:
+                    running.remove(generation)
+                    self.driver.end_sequence(generation.sequence_id)
+        tokens = [each.ids[len(each.request.prompt_ids) :] for each in everybody]
+        return tokens, [logits[each.sequence_id] for each in everybody]
+
+    def _generation(self, prompt_ids: Sequence[int], max_tokens: int) -> Generation:
         self._sequence_id += 1
         request = GenerationRequest(
             request_id="test", prompt_ids=tuple(prompt_ids), max_tokens=max_tokens, sampling=Sampling(temperature=0.0)
@@ -186,19 +236,11 @@ class LoopbackCluster:
             cache=self._loaded.new_cache(),
             sampler=Sampler(request.sampling),
             prefill_chunk=self._loaded.prefill_chunk,
+            may_go_back=self.options.draft > 0,
+            alpha=self._loaded.alpha_of(request),
         )
         generation.outbox.closed.set()
-        tokens: list[int] = []
-        while len(tokens) < max_tokens:
-            (logits_V,) = self._loaded.stepper.step([generation])
-            if generation.is_prompt:
-                continue
-            on_logits(logits_V)
-            generation.accept(generation.sampler.next_token(logits_V))
-            tokens += generation.fresh_ids
-            on_token(len(tokens))
-        self.driver.end_sequence(generation.sequence_id)
-        return tokens, generation.decode_tally.stats()
+        return generation
 
     def assert_nothing_held(self) -> None:
         """No slot in use, no request open, no forecast left, on any role that lives."""

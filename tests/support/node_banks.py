@@ -1,6 +1,7 @@
 """Slot banks that misbehave at a point a test chooses."""
 
 import threading
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -38,8 +39,8 @@ class TroubledBank:
             raise BrokenOffError
         return self._bank.load(slot, layer, expert, stop=stop)
 
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         self.compute_began.set()
         self.computed_on.append(threading.current_thread().name)
         assert self.compute_gate.wait(GATE_S)
-        return self._bank.rows(slot, x_NH)
+        return self._bank.rows(slot, x_NH, runs)

@@ -83,16 +83,25 @@ class NodeOnLoopback:
         self.pump()
 
     def compute(
-        self, layer: int, rows: dict[int, Tensor], *, request_id: int = 0, position: int = 0, ttl_s: float = 10.0
+        self,
+        layer: int,
+        rows: dict[int, Tensor],
+        *,
+        request_id: int = 0,
+        position: int = 0,
+        spans: Sequence[Span] = (),
+        runs: Sequence[int] = (),
+        ttl_s: float = 10.0,
     ) -> None:
         """`rows` maps experts to their x_NH."""
         message = Compute(
             request_id=request_id,
-            spans=[Span(1, position)],
+            spans=list(spans) or [Span(1, position)],
             layer=layer,
             experts=list(rows),
             counts=[x_NH.shape[0] for x_NH in rows.values()],
             ttl_s=ttl_s,
+            runs=list(runs),
         )
         self.server.send("n", message, epoch=1, blobs=[to_blob(torch.cat(list(rows.values())))])
         self.pump()

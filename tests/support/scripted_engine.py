@@ -12,12 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from odmoe_server.engine_api import (
+    ClusterFigures,
     EngineHealth,
     ExpertStats,
     Finished,
     FinishReason,
     GenerationRequest,
+    LayerOutcomes,
     NodeHealth,
+    Spread,
     Token,
 )
 
@@ -49,14 +52,77 @@ READY = EngineHealth(
             load_bytes_total=7000,
             load_s_total=0.5,
             compute_s_total=0.25,
+            load_times=Spread(bounds=(0.1, 1.0), counts=(4, 2, 1), sum=0.5),
+            rpc_times=Spread(bounds=(0.1, 1.0), counts=(8, 0, 0), sum=0.4),
+            loads_failed_total=11,
+            loads_cancelled_total=12,
+            loads_broken_off_total=13,
+            broken_off_s_total=0.75,
+            evictions_total=14,
+            late_forecasts_total=15,
+            stale_total=16,
+            duplicates_total=17,
+            expired_total=18,
+            overflowed_total=19,
+            undelivered_total=20,
+            loop_errors_total=21,
+            protocol_errors_total=22,
+            bad_messages_total=23,
+        ),
+        NodeHealth(
+            peer_id="predictor",
+            role="predictor",
+            alive=True,
+            slots=0,
+            used_slots=0,
+            accounted_bytes=0,
+            budget_bytes=0,
+            rss_bytes=0,
+            loads_total=0,
+            loads_unused_total=0,
+            load_bytes_total=0,
+            load_s_total=0.0,
+            compute_s_total=0.0,
+            undelivered_total=31,
+            loop_errors_total=32,
+            protocol_errors_total=33,
+            bad_messages_total=34,
+            forecasts_total=35,
+            rebirths_total=36,
         ),
     ),
-    totals=ExpertStats(activations=10, predicted=9, hit=7, late=2, missed=1, wait_s=0.125),
+    totals=ExpertStats(
+        activations=10,
+        predicted=8,
+        predicted_late=1,
+        hit=7,
+        late=2,
+        missed=1,
+        wait_s=0.125,
+        stall_s=0.0625,
+        drafted=6,
+        accepted=4,
+        substituted=3,
+    ),
     failovers_total=3,
     prompt_tokens_total=11,
     generation_tokens_total=22,
     protocol_errors_total=4,
     failures_total=5,
+    kv_reserved_bytes=300,
+    kv_prefix_bytes=100,
+    kv_budget_bytes=1600,
+    cluster=ClusterFigures(
+        epoch=41,
+        rejoins_total=42,
+        stale_total=43,
+        duplicates_total=44,
+        realigns_total=45,
+        loop_errors_total=46,
+        lead_layers=47,
+        layers=(LayerOutcomes(layer=0, hit=5, late=1, missed=0), LayerOutcomes(layer=1, hit=2, late=1, missed=1)),
+        story=((12.5, "node node-0 joined"),),
+    ),
 )
 
 
@@ -121,7 +187,7 @@ class ScriptedEngine:
                     continue
                 num_tokens += 1
                 self.tokens_said += 1
-                yield Token(step)
+                yield _scored(step, request.sampling.top_logprobs)
                 if num_tokens == request.max_tokens:
                     yield self._finished(request, num_tokens, reason="length")
                     return
@@ -143,4 +209,15 @@ class ScriptedEngine:
             prompt_tokens=len(request.prompt_ids),
             completion_tokens=num_tokens,
             expert_stats=ExpertStats(activations=num_tokens),
+            queue_s=0.25,
+            prefill_s=0.5,
+            decode_s=2.0,
+            cached_tokens=3,
         )
+
+
+def _scored(token_id: int, num_top: int | None) -> Token:
+    """With log probabilities if asked: its own is -1, the likeliest are the tokens 0, 1, 2 ..."""
+    if num_top is None:
+        return Token(token_id)
+    return Token(token_id, logprob=-1.0, top=tuple((other, -0.5 - other) for other in range(num_top)))

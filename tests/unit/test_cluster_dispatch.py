@@ -109,12 +109,15 @@ def only(actions: Iterable[Action], kind: type[SendCompute] = SendCompute) -> li
 class TestAssign:
     def test_a_right_forecast_is_computed_where_it_was_loaded(self) -> None:
         wanted = LayerCall(call_id=1, spans=(Span(7, 5),), layer=1, counts={3: 1, 6: 1})
-        assert assign(wanted, frozenset({3, 6}), MEMBERS, CONFIG) == place(1, {3, 6}, MEMBERS, 2)
+        assert assign(wanted, [frozenset({3, 6})], MEMBERS, CONFIG) == place(1, {3, 6}, MEMBERS, 2)
 
     def test_only_the_wrong_expert_moves_and_it_goes_to_the_worker_whose_forecast_was_wrong(self) -> None:
         forecast = place(0, {3, 6}, MEMBERS, 2)
         got = assign(
-            LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1, 0: 1}), frozenset({3, 6}), MEMBERS, CONFIG
+            LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1, 0: 1}),
+            [frozenset({3, 6})],
+            MEMBERS,
+            CONFIG,
         )
         assert got == {3: forecast[3], 0: forecast[6]}
 
@@ -123,12 +126,12 @@ class TestAssign:
         prompt = LayerCall(
             call_id=1, spans=(Span(7, 0, 9),), layer=1, counts=dict.fromkeys(range(8), 2), is_prompt=True
         )
-        assert set(assign(token, frozenset(), MEMBERS, CONFIG).values()) == {"n2", "n3"}
-        dealt = list(assign(prompt, frozenset(), MEMBERS, CONFIG).values())
+        assert set(assign(token, [], MEMBERS, CONFIG).values()) == {"n2", "n3"}
+        dealt = list(assign(prompt, [], MEMBERS, CONFIG).values())
         assert {node_id: dealt.count(node_id) for node_id in NODES} == dict.fromkeys(NODES, 2)
 
     def test_nobody_there(self) -> None:
-        assert assign(LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1}), frozenset(), [], CONFIG) == {}
+        assert assign(LayerCall(call_id=1, spans=(Span(7, 5),), layer=0, counts={3: 1}), [], [], CONFIG) == {}
 
 
 def test_a_call_is_done_when_all_its_experts_came(cluster: ClusterState) -> None:

@@ -60,6 +60,12 @@ def test_every_message_has_rules() -> None:
         (compute(counts=[3, 0]), "at least one row"),
         (compute(counts=[1, 1]), "sum to 2, the blob has 3 rows"),
         (compute(counts=[4, -1]), "at least one row"),
+        (compute(runs=[1, 2, 0]), "run needs at least one row"),
+        (compute(runs=[1, 3, -1]), "run needs at least one row"),
+        (compute(runs=[1, 1]), "runs sum to 2, counts to 3"),
+        (compute(runs=[1, 2, 1]), "runs sum to 4, counts to 3"),
+        (compute(runs=[2, 1]), "goes from one expert to the next"),
+        (compute(runs=[3]), "goes from one expert to the next"),
         (compute(ttl_s=0.0), "ttl_s"),
         (compute(ttl_s=math.nan), "ttl_s"),
         (compute(ttl_s=math.inf), "ttl_s"),
@@ -91,6 +97,9 @@ def test_values_that_make_no_sense_with_rows(message: m.AnyMessage, problem: str
         (msgspec.structs.replace(SAMPLES[m.Hello][0], slots=-1), "slots -1"),
         (msgspec.structs.replace(SAMPLES[m.SlotReport][0], rss_bytes=-1), "rss_bytes -1"),
         (msgspec.structs.replace(SAMPLES[m.SlotReport][0], load_s_total=math.nan), "load_s_total"),
+        (msgspec.structs.replace(SAMPLES[m.SlotReport][0], load_counts=[1, 2]), "2 load_counts"),
+        (msgspec.structs.replace(SAMPLES[m.SlotReport][0], load_counts=[-1] * 16), "load_counts -1"),
+        (msgspec.structs.replace(SAMPLES[m.ShadowReport][0], forecasts_total=-1), "forecasts_total -1"),
         (m.View(members=[m.Member("a", 1), m.Member("a", 2)], group_size=1), "named twice"),
         (m.View(members=[m.Member("a", 0)], group_size=1), "0 slots"),
         (m.View(members=[m.Member("/a", 1)], group_size=1), "peer id"),
@@ -101,6 +110,9 @@ def test_values_that_make_no_sense_with_rows(message: m.AnyMessage, problem: str
         (m.Bye(reason="x" * 16_385), "16385 characters"),
         (m.Heartbeat(count=-1), "count -1"),
         (m.Schedule(span=SPAN, layer=1, experts=[1, 1]), "repeated"),
+        (m.Schedule(span=SPAN, layer=0, experts=[1], tokens=[-1]), "token -1"),
+        (m.Schedule(span=SPAN, layer=0, experts=[1], tokens=[1 << 31]), "token 2147483648"),
+        (m.Schedule(span=SPAN, layer=0, experts=[1], tokens=[4, 5, 6]), "3 tokens for a span of 2"),
         (m.Load(spans=[SPAN], layer=9, experts=[1]), "layer 9"),
         (m.Loaded(layer=0, expert=1, load_s=-1.0, load_bytes=1, on_demand=False), "load_s"),
         (m.Loaded(layer=0, expert=1, load_s=1.0, load_bytes=1, on_demand=False, ago_s=-1.0), "ago_s"),
@@ -165,7 +177,7 @@ def test_blobs_whose_header_lies(blob: Blob, problem: str) -> None:
 
 def test_another_version_is_named_even_when_nothing_else_can_be_read() -> None:
     for frames in (header(7, 0, {"type": "Heartbeat", "count": 1}, []), header(7, "what", "ever"), header(7)):
-        with pytest.raises(ProtocolError, match="version 7, this side speaks 2"):
+        with pytest.raises(ProtocolError, match="version 7, this side speaks 3"):
             decode(frames, accept=m.ToServer, limits=LIMITS)
 
 

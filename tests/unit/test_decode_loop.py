@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from odmoe_server.cluster.calls import CallError
+from odmoe_server.engine.kv import KvSize
 from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine_api import (
+    ClusterFigures,
     Finished,
     GenerationFailed,
     GenerationRequest,
@@ -22,7 +24,7 @@ from odmoe_server.engine_api import (
     Sampling,
     Token,
 )
-from odmoe_server.moe.remote import Tally
+from odmoe_server.moe.tally import Tally
 
 END_ID = 2
 VOCABULARY = 16
@@ -32,25 +34,39 @@ WAIT_S = 10.0
 @dataclass
 class ScriptedStepper:
     """Gives each sequence the tokens its prompt asks for: prompt (5, 6, 7) is answered 5, 6, 7. A step may be held
-    at the gate, and token 13 makes the cluster fail, 14 the model itself."""
+    at the gate; token 13 makes the cluster fail, 14 the model itself, 15 what is done with one sequence's result.
+    `guesses` are drafted, from the script's place where the sequence is."""
 
     gate: threading.Event = field(default_factory=threading.Event)
-    order: list[int] = field(default_factory=list)
+    batches: list[list[int]] = field(default_factory=list)
     took: list[list[int]] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
 
-    def step(self, batch: Any) -> list[torch.Tensor]:
+    def draft(self, sequence: Any, *, most: int) -> None:
+        sequence.draft_ids = self.guesses[sequence.completion_tokens :][: min(most, sequence.draft_room)]
+
+    def step(self, batch: Any) -> list[list[torch.Tensor]]:
         assert self.gate.wait(WAIT_S)
-        (sequence,) = batch
-        self.order.append(sequence.sequence_id)
-        self.took.append(sequence.fresh_ids)
+        self.batches.append([sequence.sequence_id for sequence in batch])
+        self.took += [sequence.fresh_ids + sequence.draft_ids for sequence in batch]
+        return [self._rows(sequence) for sequence in batch]
+
+    def _rows(self, sequence: Any) -> list[torch.Tensor]:
         script = [*sequence.request.prompt_ids, END_ID]
-        token = script[min(sequence.completion_tokens, len(script) - 1)]
-        if token == 13:
-            raise CallError("no node")
-        if token == 14:
-            raise RuntimeError("a bug")
-        sequence.advance()
-        return [torch.nn.functional.one_hot(torch.tensor(token), VOCABULARY).float()]
+        rows = []
+        for place in range(sequence.completion_tokens, sequence.completion_tokens + 1 + len(sequence.draft_ids)):
+            token = script[min(place, len(script) - 1)]
+            if token == 13:
+                raise CallError("no node")
+            if token == 14:
+                raise RuntimeError("a bug")
+            rows.append(torch.nn.functional.one_hot(torch.tensor(token), VOCABULARY).float())
+        return rows
+
+    def take(self, sequence: Any, rows: Any) -> None:
+        if not sequence.is_prompt and int(rows[0].argmax()) == 15:
+            raise RuntimeError("a bug in a processor")
+        sequence.take(rows)
 
 
 @dataclass
@@ -61,6 +77,16 @@ class FakeSnapshot:
     failovers_total: int = 0
     predicted_late_total: int = 0
     protocol_errors_total: int = 0
+    figures: ClusterFigures = ClusterFigures()
+
+
+class FakeCache:
+    """Counts positions; cut back as a real one is, through `kvcache`, which sees no layers in it."""
+
+    layers: tuple[Any, ...] = ()
+
+    def get_seq_length(self) -> int:
+        return 1 << 20
 
 
 @dataclass
@@ -82,7 +108,13 @@ class Running:
 
 @contextmanager
 def running(
-    *, max_queued: int = 4, load: Callable[[], Loaded] | None = None, prefill_chunk: int | None = None
+    *,
+    max_queued: int = 4,
+    max_running: int = 1,
+    load: Callable[[], Loaded] | None = None,
+    prefill_chunk: int | None = None,
+    kv_positions: int = 1000,
+    draft: int = 0,
 ) -> Iterator[Running]:
     stepper, cluster, loaded = ScriptedStepper(), FakeCluster(), threading.Event()
     stepper.gate.set()
@@ -91,12 +123,17 @@ def running(
         assert loaded.wait(WAIT_S)
         return Loaded(
             stepper=stepper,  # type: ignore[arg-type]
-            new_cache=lambda: None,  # type: ignore[arg-type, return-value]
+            new_cache=FakeCache,  # type: ignore[arg-type]
             total=Tally(),
             prefill_chunk=prefill_chunk,
+            kv_size=KvSize(layers=((1, None),)),
+            kv_budget_bytes=kv_positions,
+            prefix_cache=False,
+            draft=draft,
         )
 
-    limits = EngineLimits(context_length=64, end_ids=frozenset({END_ID}), max_queued=max_queued)
+    end_ids = frozenset({END_ID})
+    limits = EngineLimits(context_length=64, end_ids=end_ids, max_queued=max_queued, max_running=max_running)
     loop = DecodeLoop(cluster=cluster, limits=limits, load=load or load_scripted)  # type: ignore[arg-type]
     loop.start()
     loaded.set()
@@ -178,7 +215,7 @@ def test_requests_are_served_in_the_order_they_came_and_the_queue_is_bounded() -
         assert full.value.retry_after_s > 0
         r.stepper.gate.set()
         assert [tokens for tokens, _ in await asyncio.gather(*tasks)] == [[5]] * 3
-        assert r.stepper.order == [1, 1, 2, 2, 3, 3]
+        assert r.stepper.batches == [[1], [1], [2], [2], [3], [3]]
 
     serve(scenario, max_queued=2)
 
@@ -189,10 +226,10 @@ def test_a_consumer_that_goes_away_ends_its_sequence_within_a_step() -> None:
         assert await anext(generator) == Token(5)
         r.stepper.gate.clear()
         await generator.aclose()
-        steps = len(r.stepper.order)
+        steps = len(r.stepper.batches)
         r.stepper.gate.set()
         await until(lambda: r.cluster.ended == [1])
-        assert len(r.stepper.order) <= steps + 2  # one may have been under way, one at the gate
+        assert len(r.stepper.batches) <= steps + 2  # one may have been under way, one at the gate
         assert r.loop.health().running == 0
 
     serve(scenario)
@@ -241,6 +278,84 @@ def test_a_cluster_failure_fails_the_request_and_the_next_one_is_served() -> Non
     serve(scenario)
 
 
+def test_those_that_run_together_take_steps_together_and_join_and_leave_between_steps() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        first = asyncio.create_task(collect(r.loop.generate(request(5, 6, 7, 8))))
+        await until(lambda: r.loop.health().running == 1)
+        second = asyncio.create_task(collect(r.loop.generate(request(9, 10))))
+        await until(lambda: r.loop.health().queued == 1)
+        r.stepper.gate.set()
+        assert [(await task)[0] for task in (first, second)] == [[5, 6, 7, 8], [9, 10]]
+        # Prompts and answers take turns while there are both.
+        assert r.stepper.batches == [[1], [1], [2], [1, 2], [1, 2], [1]]
+        assert r.loop.health().kv_reserved_bytes == 0
+
+    serve(scenario, max_running=4, prefill_chunk=8)
+
+
+def test_who_does_not_fit_waits_in_line_and_comes_in_time() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        tasks = [asyncio.create_task(collect(r.loop.generate(request(5, max_tokens=30)))) for _ in range(2)]
+        await until(lambda: (r.loop.health().running, r.loop.health().queued) == (1, 1))
+        # This one would fit beside the first, but it came last.
+        tasks.append(asyncio.create_task(collect(r.loop.generate(request(5, max_tokens=2)))))
+        await until(lambda: r.loop.health().queued == 2)
+        assert r.loop.health().kv_reserved_bytes == 31
+        r.stepper.gate.set()
+        assert [tokens for tokens, _ in await asyncio.gather(*tasks)] == [[5]] * 3
+        assert r.stepper.batches[:2] == [[1], [1]]
+
+    serve(scenario, max_running=4, kv_positions=40)
+
+
+def test_the_context_is_no_longer_than_the_memory() -> None:
+    async def scenario(r: Running) -> None:
+        assert r.loop.context_length == 40
+
+    serve(scenario, kv_positions=40)
+
+
+def test_guesses_that_were_right_are_kept_and_the_first_wrong_one_ends_them() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.guesses = [0, 6, 7, 3, 9]  # of the token at each place of the answer; the fourth is wrong
+        tokens, finished = await collect(r.loop.generate(request(5, 6, 7, 8, 9)))
+        assert tokens == [5, 6, 7, 8, 9]
+        assert finished is not None
+        assert finished.completion_tokens == 6
+        # One more than were right is tried the next time.
+        assert r.stepper.took == [[5, 6, 7, 8, 9], [5, 6, 7, 3], [8, 9]]
+
+    serve(scenario, draft=3)
+
+
+def test_no_more_is_guessed_than_may_be_delivered() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.guesses = [0, 6, 7, 8, 9]
+        tokens, finished = await collect(r.loop.generate(request(5, 6, 7, 8, 9, max_tokens=3)))
+        assert (tokens, finished and finished.reason) == ([5, 6, 7], "length")
+        assert r.stepper.took == [[5, 6, 7, 8, 9], [5, 6]]
+
+    serve(scenario, draft=3)
+
+
+def test_what_goes_wrong_with_one_result_is_not_the_others_failure() -> None:
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        bad = asyncio.create_task(collect(r.loop.generate(request(5, 15))))
+        await until(lambda: r.loop.health().running == 1)
+        good = asyncio.create_task(collect(r.loop.generate(request(5, 6, 7, 8))))
+        await until(lambda: r.loop.health().queued == 1)
+        r.stepper.gate.set()
+        with pytest.raises(GenerationFailed):
+            await bad
+        assert (await good)[0] == [5, 6, 7, 8]
+        assert r.loop.health().failures_total == 1
+
+    serve(scenario, max_running=2, prefill_chunk=8)
+
+
 def test_no_node_means_waiting_and_not_ready() -> None:
     async def scenario(r: Running) -> None:
         r.cluster.snapshot.num_nodes_alive = 0
@@ -282,13 +397,13 @@ class TestSampler:
     logits_V = torch.tensor([0.0, 3.0, 1.0, 2.9])
 
     def test_greedy_takes_the_highest_and_the_first_of_equals(self) -> None:
-        assert Sampler(Sampling(temperature=0.0)).next_token(self.logits_V) == 1
-        assert Sampler(Sampling(temperature=0.0)).next_token(torch.tensor([1.0, 2.0, 2.0])) == 1
+        assert Sampler(Sampling(temperature=0.0)).next_token(self.logits_V, [0]).token_id == 1
+        assert Sampler(Sampling(temperature=0.0)).next_token(torch.tensor([1.0, 2.0, 2.0]), [0]).token_id == 1
 
     def test_a_seed_gives_the_same_tokens_again_and_another_seed_others(self) -> None:
         def draw(seed: int) -> list[int]:
             sampler = Sampler(Sampling(temperature=1.5, seed=seed))
-            return [sampler.next_token(self.logits_V) for _ in range(40)]
+            return [sampler.next_token(self.logits_V, [0]).token_id for _ in range(40)]
 
         assert draw(1) == draw(1)
         assert draw(1) != draw(2)
@@ -296,6 +411,6 @@ class TestSampler:
     def test_top_p_and_temperature_narrow_the_choice(self) -> None:
         for sampling in (Sampling(top_p=0.4, seed=0), Sampling(temperature=0.01, seed=0)):
             sampler = Sampler(sampling)
-            assert {sampler.next_token(self.logits_V) for _ in range(50)} == {1}
+            assert {sampler.next_token(self.logits_V, [0]).token_id for _ in range(50)} == {1}
         sampler = Sampler(Sampling(top_p=0.9, seed=0))
-        assert {sampler.next_token(self.logits_V) for _ in range(200)} == {1, 3}
+        assert {sampler.next_token(self.logits_V, [0]).token_id for _ in range(200)} == {1, 3}

@@ -79,6 +79,41 @@ def truncate_or_align(model: Any, full: DynamicCache, shadow: DynamicCache) -> N
     torch.testing.assert_close(feed(model, full, [7]), feed(model, shadow, [7]))
 
 
+@pytest.mark.parametrize("keep", [1, 16])
+def test_rows_go_underneath_positions_that_are_kept(model: Any, keep: int) -> None:
+    full, shadow, other = (plain_cache(model), new_cache(model.config), new_cache(model.config))
+    feed(model, full, prompt(21))
+    for cache in (shadow, other):
+        import_cache(cache, *export_cache(full, rows=21))
+        feed(model, cache, prompt(9, seed=3))
+        feed(model, cache, prompt(keep, seed=4))
+        trim_cache(cache)
+    feed(model, full, prompt(9, seed=5))
+    import_cache(shadow, *export_cache(full, rows=9), keep=keep)
+    assert shadow.get_seq_length() == 30 + keep
+    for mine, same in zip(export_cache(shadow, rows=keep)[1], export_cache(other, rows=keep)[1], strict=True):
+        newest = -min(keep, mine.shape[-1] if mine.ndim == 3 else mine.shape[-2])
+        assert torch.equal(mine[..., newest:], same[..., newest:]) if mine.ndim == 3 else torch.equal(mine, same)
+    truncate_cache(shadow, length=30)
+    for mine, its in zip(export_cache(shadow, rows=9)[1], export_cache(full, rows=9)[1], strict=True):
+        assert torch.equal(mine, its)
+    torch.testing.assert_close(feed(model, full, [7]), feed(model, shadow, [7]))
+
+
+def test_rows_that_cannot_lie_underneath_are_refused_and_change_nothing(model: Any) -> None:
+    full, shadow = plain_cache(model), new_cache(model.config)
+    feed(model, full, prompt(8))
+    import_cache(shadow, *export_cache(full, rows=8))
+    feed(model, shadow, [1, 2])
+    layers, tensors = export_cache(full, rows=1)
+    before = [tensor.clone() for tensor in export_cache(shadow, rows=10)[1]]
+    with pytest.raises(CacheError, match="do not follow"):
+        import_cache(shadow, layers, tensors, keep=1)
+    with pytest.raises(CacheError, match="do not fit|cannot follow"):
+        import_cache(shadow, layers, [*tensors[:-1], torch.cat([tensors[-1]] * 2, dim=1)], keep=2)
+    assert all(torch.equal(mine, was) for mine, was in zip(export_cache(shadow, rows=10)[1], before, strict=True))
+
+
 def test_skipped_positions_are_caught_up_by_more_rows(model: Any) -> None:
     full, shadow = plain_cache(model), plain_cache(model)
     feed(model, full, prompt(9))

@@ -1,5 +1,10 @@
 """What is void when the full model's token comes: exactly what was forecast for another one, and what follows it."""
 
+from itertools import count
+
+from hypothesis import given
+from hypothesis import strategies as st
+
 from odmoe_predictor.lineage import Lineage
 
 
@@ -45,3 +50,37 @@ def test_sequences_are_apart_and_forgotten() -> None:
     lineage.said(1, 6, 60)
     lineage.forget_all()
     assert lineage.aligned(1, 6, lambda at: 1) is None
+
+
+@given(
+    depth=st.integers(1, 16),
+    steps=st.lists(st.tuples(st.integers(0, 16), st.integers(0, 9), st.booleans()), min_size=1, max_size=12),
+)
+def test_no_receiver_keeps_what_was_forecast_behind_a_wrong_token(
+    depth: int, steps: list[tuple[int, int, bool]]
+) -> None:
+    """The shadow runs ahead some of the way; then the full model has accepted some drafts and its next token is the
+    shadow's or another. `held` is what a node was told and not told to forget."""
+    lineage, held, tokens = Lineage(), dict[int, int](), {0: 0}
+    drawn = count(1)
+    aligned = 0
+    lineage.said(1, 0, 0)
+    for further, accepted, right in steps:
+        for position in range(len(tokens), min(len(tokens) + further, aligned + depth + 1)):
+            tokens[position] = held[position] = next(drawn)
+            lineage.said(1, position, tokens[position])
+        aligned = min(aligned + accepted + 1, len(tokens))
+        stands = right and aligned in tokens
+        if not stands:
+            known = aligned in tokens
+            tokens = {at: token for at, token in tokens.items() if at < aligned} | {aligned: next(drawn)}
+        wrong = lineage.aligned(1, aligned, tokens.get)
+        assert wrong == (None if stands or not known else aligned)
+        if wrong is not None:
+            held = {at: token for at, token in held.items() if at < wrong}
+        if not stands:
+            held[aligned] = tokens[aligned]
+            lineage.said(1, aligned, tokens[aligned])
+        assert {at: token for at, token in held.items() if at >= aligned} == {
+            at: token for at, token in tokens.items() if at >= aligned
+        }

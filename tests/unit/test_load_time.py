@@ -1,6 +1,7 @@
 """What a node finds out about its own link, and that it says so."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class ScriptedBank:
         self.now_s += took_s
         return took_s
 
-    def rows(self, slot: int, x_NH: Tensor) -> Tensor:
+    def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         raise AssertionError("nothing is computed")
 
     def clock(self) -> float:

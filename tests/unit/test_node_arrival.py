@@ -1,7 +1,7 @@
 """Computing on arrival: an expert's first stage while the rest of its record is still on the link. To the bit."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,10 +61,10 @@ def slow_stages(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> list[tuple[str
     def slow(stage: str, seconds: float) -> None:
         whole = getattr(ExpertMaths, stage)
 
-        def run(self: ExpertMaths, fields: dict[str, Tensor], x: Tensor) -> Tensor:
+        def run(self: ExpertMaths, fields: dict[str, Tensor], x: Tensor, runs: Sequence[int]) -> Tensor:
             began.append((stage, watch.now))
             watch.now += seconds
-            result: Tensor = whole(self, fields, x)
+            result: Tensor = whole(self, fields, x, runs)
             return result
 
         monkeypatch.setattr(ExpertMaths, stage, run)

@@ -129,8 +129,8 @@ def test_a_compute_is_brief_when_the_last_one_was_and_there_is_one_slot() -> Non
 
 def test_fewer_rows_are_not_taken_to_be_quicker() -> None:
     pace = Pace()
-    pace.took(8, 0.08)
-    assert (pace.at_most_s(1), pace.at_most_s(8), pace.at_most_s(16)) == (0.08, 0.08, 0.16)
+    pace.took([8], 0.08)
+    assert (pace.at_most_s([1]), pace.at_most_s([8]), pace.at_most_s([16])) == (0.08, 0.08, 0.16)
 
 
 def test_a_load_is_awaited_by_its_compute_and_by_a_load_that_could_follow() -> None:

@@ -22,7 +22,7 @@ def use(node: NodeRig, *experts: int, layer: int = 0) -> None:
 
 def test_the_victim_is_the_one_used_longest_ago() -> None:
     resting = {3: Resting((0, 1), used=True, used_s=5.0), 1: Resting((0, 2), used=True, used_s=4.0)}  # type: ignore[arg-type]
-    assert choose_victim(resting) == 1
+    assert choose_victim(resting, {}) == 1
 
 
 def test_a_computed_expert_stays_and_is_a_hit_the_next_time() -> None:

@@ -252,6 +252,33 @@ def test_forecast_ahead_on_a_wrong_token_is_undone(family_store: ExpertStore) ->
         assert align(shadow, full, token) == "forecast"
 
 
+def test_deep_run_ahead_stands_when_several_tokens_are_accepted_at_once(family_store: ExpertStore) -> None:
+    """Sixteen positions ahead; what the full model takes in one step costs no forecast anew, and a wrong token in the
+    midst of them only those behind it."""
+    full, shadow = FullModel(family_store), Shadow.load(family_store, quantize=PlainWeight)
+    shadow.start(SEQUENCE)
+    token = full.step(PROMPT)
+    assert align(shadow, full, token, rows=len(PROMPT)) == "forecast"
+    forecasts = {full.length: forecast(shadow)}
+    for accepted in (9, 1, 5, 9):
+        while shadow.length(SEQUENCE) <= full.length + 16:
+            position = shadow.length(SEQUENCE)
+            forecasts[position] = go_on(shadow)[1]
+        for _ in range(accepted):
+            position, drafted = full.length, shadow.token_at(SEQUENCE, full.length)
+            assert drafted in (token, None), "it is a second full model"
+            token = full.step([token])
+            assert forecasts[position] == full.routings
+        assert align(shadow, full, token, rows=accepted) == "known"
+        assert shadow.length(SEQUENCE) == full.length - accepted + 17
+    wrong = (token + 1) % full.vocab_size
+    assert align(shadow, full, wrong, rows=1) == "forecast"
+    assert shadow.length(SEQUENCE) == full.length
+    routings = forecast(shadow)
+    full.step([wrong])
+    assert routings == full.routings
+
+
 def test_without_tokens_the_shadow_goes_on_with_its_own(store: ExpertStore, shadow: Shadow) -> None:
     full = FullModel(store)
     token = full.step(PROMPT)

@@ -124,3 +124,37 @@ def recall(
             draw=lambda path: plot_recall.draw(kept.rows, found["curves"], path, title=title),
             json_file=json,
         )
+
+
+@app.command()
+def importance(
+    quick: Annotated[
+        bool, typer.Option(help="Less text, fewer alphas, one share of slots: under five minutes.")
+    ] = False,
+    replay_only: Annotated[
+        bool, typer.Option("--replay-only", help="Time no server: hit rates, bytes, quality and computed times.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the JSON there too.")] = None,
+    out: Annotated[Path | None, typer.Option(help=_OUT_HELP)] = None,
+) -> None:
+    """What substitution, score-aware slots, prefetch and the CPU's share bring and cost, beside an LRU cache."""
+    from odmoe_server.bench import plotting, record, writing
+    from odmoe_server.bench.importance import measure, plot
+    from odmoe_server.bench.importance import record as importance_record
+    from odmoe_server.cli import one_line_errors
+
+    _end_properly()
+    with one_line_errors():
+        plotting.require()
+        found = measure.measure(quick=quick, serve=not replay_only, console=Console(stderr=True))
+        machine = record.this_machine()
+        kept = importance_record.record_of(found, machine=machine, command=record.command_text())
+        title = f"{machine.cpu}, {kept.when:%Y-%m-%d}"
+        writing.write(
+            kept,
+            out or record.results_directory(),
+            draw=lambda path: plot.draw(kept.rows, path, title=title),
+            json_file=json,
+        )
+    if not found.is_exact:
+        _differs("importance at alpha 0")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-_TEXT: Final = (
+TEXT: Final = (
     "A harbour town in autumn is quiet before dawn; then the boats come in, the market opens, and somebody has to "
     "count the boxes. She wrote the numbers down twice, once for the owner and once for herself, because numbers "
     "that nobody checks tend to wander. By noon the fog had lifted from the hills, and the ferry was late again. "
@@ -27,7 +27,7 @@ class Prompts:
 
     def make(self, num_tokens: int, *, number: int) -> Prompt:
         """The `number`th prompt of at least so many tokens, of no more than it takes."""
-        words = _TEXT.split()
+        words = TEXT.split()
         turned = " ".join(words[number % len(words) :] + words)
         for length in range(1, 100 * num_tokens):
             prompt = self._of((turned * (1 + length // len(turned)))[:length])

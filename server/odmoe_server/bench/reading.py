@@ -53,7 +53,7 @@ _SAMPLES: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "stall_s": ("expert_stall_seconds_total", {}),
     "loads": ("expert_loads_total", {}),
     "loads_unused": ("expert_loads_unused_total", {}),
-    "load_s": ("expert_load_seconds_total", {}),
+    "load_s": ("expert_load_seconds_sum", {}),
     "load_bytes": ("expert_load_bytes_total", {}),
     "compute_s": ("expert_compute_seconds_total", {}),
 }

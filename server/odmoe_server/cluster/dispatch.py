@@ -5,15 +5,17 @@ is late or whose node is lost is sent to another node as well; the first answer 
 it does not matter who computes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
-from odmoe_server.cluster.events import Action, CallFailed, LayerCall, PartDone, Send, SendCompute
+from odmoe_server.cluster.events import Action, CallFailed, FetchAhead, LayerCall, PartDone, Send, SendCompute
+from odmoe_server.cluster.ledger import Ledger
 from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.prompt_loads import PromptLoads, deal
+from odmoe_server.cluster.suspects import Suspects
 from odmoe_wire.homes import homes, placed
-from odmoe_wire.messages import Compute, Member, Release, Result, Rollback, Schedule, Span
+from odmoe_wire.messages import Compute, Load, Member, Release, Result, Rollback, Schedule, Span
 from odmoe_wire.placement import group_of, place
 
 # A request is late after this many times what such a request has taken lately.
@@ -48,6 +50,7 @@ class Dispatch:
     """All calls in progress. Every method returns what is to be done."""
 
     config: ClusterConfig
+    ledger: Ledger
     calls: dict[int, _Call] = field(default_factory=dict)
     requests: dict[int, _Request] = field(default_factory=dict)
     # (sequence, position) -> layer -> forecast experts
@@ -58,6 +61,11 @@ class Dispatch:
     failovers_total: int = 0
     duplicates_total: int = 0
     prompt_loads: PromptLoads = field(init=False)
+    suspects: Suspects = field(init=False)
+    # Layers that were fetched ahead and whose gates have not spoken, with the nodes that were told so.
+    _fetched: dict[int, set[str]] = field(default_factory=dict)
+    # Where the latest step has begun with each sequence.
+    _at: dict[int, int] = field(default_factory=dict)
     # Sequences that are over, oldest first: the predictor may be ahead of the news.
     _ended: dict[int, None] = field(default_factory=dict)
     _last_request_id: int = 0
@@ -68,6 +76,7 @@ class Dispatch:
 
     def __post_init__(self) -> None:
         self.prompt_loads = PromptLoads(config=self.config)
+        self.suspects = Suspects(first_away_s=self.config.compute_floor_s)
 
     # -------------------------------------------------------------------------------------------- forecasts
 
@@ -86,23 +95,38 @@ class Dispatch:
         self.forecasts.setdefault(key, {})[schedule.layer] = frozenset(schedule.experts)
 
     def rollback(self, message: Rollback) -> None:
-        """The predictor had gone on with a wrong token: what it forecast from there on is void."""
-        for key in [key for key in self.forecasts if key[0] == message.sequence and key[1] >= message.position]:
+        """The predictor had gone on with a wrong token: what it forecast from there on is void. If the step had taken
+        that token as a guess, the decode loop goes back to it, and its gates have yet to speak."""
+        sequence, position = message.sequence, message.position
+        for key in [key for key in self.forecasts if key[0] == sequence and key[1] >= position]:
             del self.forecasts[key]
+        if self._at.get(sequence, position) < position:
+            for key in [key for key in self.unforeseen if key[0] == sequence and key[1] >= position]:
+                del self.unforeseen[key]
 
     def forget(self, sequence: int) -> None:
         """The sequence is over."""
         self.prompt_loads.forget(sequence)
         self.forecasts = {key: value for key, value in self.forecasts.items() if key[0] != sequence}
         self.unforeseen = {key: value for key, value in self.unforeseen.items() if key[0] != sequence}
+        self._at.pop(sequence, None)
         self._ended[sequence] = None
         if len(self._ended) > MAX_REMEMBERED_SEQUENCES:
             del self._ended[next(iter(self._ended))]
 
+    def forget_forecasts(self) -> None:
+        """None counts any more, and those to come are news."""
+        self.forecasts.clear()
+        self.unforeseen.clear()
+
     def predicted(self, spans: Iterable[Span], layer: int) -> frozenset[int]:
         """Union of the spans' forecasts for a layer; empty when none has come."""
-        found = (self.forecasts.get((span.sequence, span.position), {}).get(layer, frozenset()) for span in spans)
-        return frozenset().union(*found)
+        return frozenset().union(*self._forecast_of_each(spans, layer))
+
+    def _forecast_of_each(self, spans: Iterable[Span], layer: int) -> list[frozenset[int]]:
+        """Of the spans whose forecast has come and names any."""
+        found = (self.forecasts.get((span.sequence, span.position), {}).get(layer) for span in spans)
+        return [experts for experts in found if experts]
 
     # ------------------------------------------------------------------------------------------------ calls
 
@@ -110,22 +134,47 @@ class Dispatch:
         """A prompt is about to go through the model."""
         return self.prompt_loads.begin(spans, members, epoch=epoch)
 
+    def fetch(self, event: FetchAhead, members: list[Member], *, epoch: int) -> list[Action]:
+        """Let nodes load experts whose layer's gate has not spoken yet."""
+        present = {member.node_id for member in members}
+        by_node: dict[str, list[int]] = {}
+        for expert, node_id in event.where.items():
+            if node_id in present:
+                by_node.setdefault(node_id, []).append(expert)
+        self._fetched.setdefault(event.layer, set()).update(by_node)
+        actions: list[Action] = []
+        for node_id, experts in by_node.items():
+            leaving = list(event.leaving.get(node_id, ()))
+            load = Load(spans=list(event.spans), layer=event.layer, experts=experts, leaving=leaving)
+            actions.append(Send(peer_id=node_id, message=load, epoch=epoch))
+        return actions
+
     def begin(self, call: LayerCall, members: list[Member], *, epoch: int, now: float) -> list[Action]:
         """Send a call's experts to the nodes. Without any node the call waits for one until its deadline."""
         self._drop_passed(call.spans)
         deadline_s = now + self.config.call_timeout_s
-        predicted = frozenset() if call.is_prompt else self.predicted(call.spans, call.layer)
+        forecasts = [] if call.is_prompt else self._forecast_of_each(call.spans, call.layer)
+        predicted = frozenset[int]().union(*forecasts)
         self.calls[call.call_id] = _Call(
             call=call, deadline_s=deadline_s, open_experts=set(call.counts), predicted=predicted
         )
-        assigned = assign(call, predicted, members, self.config)
+        group = group_of(call.layer, members, self.config.group_size, self.config.num_layers)
+        assigned = assign(call, forecasts, members, self.config)
+        assigned = self.suspects.spared(assigned, members, group=group, now=now)
         actions = self._send(call.call_id, assigned, epoch=epoch, now=now)
         if call.is_prompt:
             return actions + self.prompt_loads.after(call, members, epoch=epoch)
+        self.ledger.last = call.spans[0], call.layer
         for span in call.spans:
             unforeseen = frozenset(call.counts) - predicted
             self.unforeseen.setdefault((span.sequence, span.position), {})[call.layer] = unforeseen
         return actions + self._release(call, predicted, members, used=set(assigned.values()), epoch=epoch)
+
+    def suspect(self, call_id: int, *, now: float) -> None:
+        """The nodes that have not answered for a call are late."""
+        for request in self.requests.values():
+            if request.call_id == call_id:
+                self.suspects.was_late(request.peer_id, now)
 
     def abandon(self, call_id: int) -> None:
         """Nobody waits for the call any more."""
@@ -139,10 +188,13 @@ class Dispatch:
             self.duplicates_total += 1
             return []
         del self.requests[result.request_id]
+        if not request.hedged:
+            self.suspects.was_in_time(peer_id)
         state = self.calls[request.call_id]
         counts = tuple(state.call.counts[expert] for expert in request.experts)
         began_s = max(request.sent_s, self._last_result_s.get(peer_id, 0.0))
         self._last_result_s[peer_id] = now
+        self.ledger.answered(peer_id, now - request.sent_s)
         self._learn(result, sum(counts), took_s=now - began_s)
         wanted = frozenset(request.experts) & state.open_experts
         state.open_experts -= wanted
@@ -173,6 +225,7 @@ class Dispatch:
     def node_lost(self, peer_id: str, members: list[Member], *, epoch: int, now: float) -> list[Action]:
         """Send what the lost node had in hand to others. `members` are those that are left."""
         self._last_result_s.pop(peer_id, None)
+        self.suspects.forget(peer_id)
         orphans = [key for key, request in self.requests.items() if request.peer_id == peer_id]
         actions: list[Action] = []
         for request_id in orphans:
@@ -185,13 +238,14 @@ class Dispatch:
         for call_id in [key for key, state in self.calls.items() if now >= state.deadline_s]:
             self.abandon(call_id)
             actions.append(CallFailed(call_id=call_id, reason="no node agent could compute an expert in time"))
-        for request in [r for r in self.requests.values() if now >= r.late_s and not r.hedged]:
+        for request in [r for r in self.requests.values() if not r.hedged and self._is_late(r, now)]:
             request.hedged = True
+            self.suspects.was_late(request.peer_id, now)
             actions += self._again(request, members, epoch=epoch, now=now)
         for call_id, state in self.calls.items():
             unsent = state.open_experts - self._in_flight(call_id)
             if unsent and members:
-                assigned = {expert: self._next_node(state, expert, members) for expert in sorted(unsent)}
+                assigned = {expert: self._next_node(state, expert, members, now=now) for expert in sorted(unsent)}
                 actions += self._send(call_id, assigned, epoch=epoch, now=now)
         return actions
 
@@ -199,19 +253,29 @@ class Dispatch:
 
     def _again(self, request: _Request, members: list[Member], *, epoch: int, now: float) -> list[Action]:
         state = self.calls[request.call_id]
-        elsewhere = self._in_flight(request.call_id, but=request)
+        # What is late already counts as lost: it may be, and then nobody else would ever be asked.
+        others = (r for r in self.requests.values() if r.call_id == request.call_id and r is not request)
+        elsewhere = {expert for other in others if not other.hedged for expert in other.experts}
         missing = [e for e in request.experts if e in state.open_experts and e not in elsewhere]
         if not missing or not members:
             return []
         self.failovers_total += 1
-        assigned = {expert: self._next_node(state, expert, members) for expert in missing}
+        assigned = {expert: self._next_node(state, expert, members, now=now) for expert in missing}
         return self._send(request.call_id, assigned, epoch=epoch, now=now)
 
-    def _next_node(self, state: _Call, expert: int, members: list[Member]) -> str:
-        """A node the expert was not sent to yet, of the layer's group first; else the one tried longest ago."""
+    def _is_late(self, request: _Request, now: float) -> bool:
+        """A node nothing is heard of is not waited for as long as one that is at work."""
+        is_silent = self.suspects.is_silent(request.peer_id)
+        return now >= (request.sent_s + self.config.compute_floor_s if is_silent else request.late_s)
+
+    def _next_node(self, state: _Call, expert: int, members: list[Member], *, now: float) -> str:
+        """A node the expert was not sent to yet, suspects last, of the layer's group first; else the one tried longest
+        ago."""
         tried = state.tried.get(expert, [])
         group = group_of(state.call.layer, members, self.config.group_size, self.config.num_layers)
+        suspects = self.suspects.among(members, now)
         order = [*group, *(member for member in members if member not in group)]
+        order.sort(key=lambda member: member.node_id in suspects)
         fresh = next((member.node_id for member in order if member.node_id not in tried), None)
         if fresh is not None:
             return fresh
@@ -243,6 +307,8 @@ class Dispatch:
                 experts=experts,
                 counts=counts,
                 ttl_s=max(0.001, state.deadline_s - now),
+                runs=_runs(state.call, experts),
+                leaving=list(state.call.leaving.get(peer_id, ())),
             )
             actions.append(SendCompute(peer_id=peer_id, message=compute, epoch=epoch, call_id=call_id))
         return actions
@@ -252,35 +318,44 @@ class Dispatch:
     ) -> list[Action]:
         """Tell the nodes that loaded only wrong experts for this layer that they may free them. The whole group is
         told, since a forecast may have reached a node and not us yet."""
-        group_size, mode, num_layers = self.config.group_size, self.config.mode, self.config.num_layers
-        where = placed(call.layer, predicted, members, group_size, mode=mode, num_layers=num_layers)
-        holders = set(where.values())
-        if mode == "on-demand":
-            holders |= {member.node_id for member in group_of(call.layer, members, group_size, num_layers)}
+        config = self.config
+        holders = set(_placed(call.layer, predicted, members, config).values())
+        if config.mode == "on-demand":
+            group = group_of(call.layer, members, config.group_size, config.num_layers)
+            holders |= {member.node_id for member in group}
+        holders |= self._fetched.pop(call.layer, set()).intersection(member.node_id for member in members)
         release = Release(spans=list(call.spans), layer=call.layer)
         return [Send(peer_id=node_id, message=release, epoch=epoch) for node_id in sorted(holders - used)]
 
-    def _in_flight(self, call_id: int, *, but: _Request | None = None) -> set[int]:
+    def _in_flight(self, call_id: int) -> set[int]:
         """Experts of the call that some node is at work on."""
-        return {e for r in self.requests.values() if r.call_id == call_id and r is not but for e in r.experts}
+        return {expert for r in self.requests.values() if r.call_id == call_id for expert in r.experts}
 
     def _drop_requests(self, call_id: int) -> None:
         self.requests = {key: r for key, r in self.requests.items() if r.call_id != call_id}
 
     def _drop_passed(self, spans: Iterable[Span]) -> None:
-        """Forecasts for positions the decode loop has left behind are of no use."""
-        now_at = {span.sequence: span.position for span in spans}
-        passed = [key for key in self.forecasts if key[1] < now_at.get(key[0], 0)]
-        for key in passed:
-            del self.forecasts[key]
-        # One position longer, so that the last forecasts of a token can still be judged.
-        for key in [key for key in self.unforeseen if key[1] < now_at.get(key[0], 0) - 1]:
-            del self.unforeseen[key]
+        """Once in each step: forecasts for positions the decode loop has left behind are of no use."""
+        now_at: dict[int, int] = {}
+        for span in spans:
+            now_at[span.sequence] = min(span.position, now_at.get(span.sequence, span.position))
+        for sequence, position in now_at.items():
+            before = self._at.get(sequence, position)
+            if before == position and sequence in self._at:
+                continue
+            self._at[sequence] = position
+            for key in [key for key in self.forecasts if key[0] == sequence and key[1] < position]:
+                del self.forecasts[key]
+            # One step longer, so that its last forecasts can still be judged; but not those of guesses it went back on.
+            for key in [key for key in self.unforeseen if key[0] == sequence and not before <= key[1] < position]:
+                del self.unforeseen[key]
 
     def _learn(self, result: Result, num_rows: int, *, took_s: float) -> None:
         """Moving averages of what requests take, for deadlines."""
         compute_s = sum(timing.compute_s for timing in result.timings)
         rest_s = max(0.0, took_s - compute_s)
+        if not self._typical_expert_s:  # nothing is known yet: the first one says more than nothing does
+            self._typical_expert_s = rest_s / max(1, len(result.timings))
         self._typical_row_s += 0.1 * (compute_s / max(1, num_rows) - self._typical_row_s)
         self._typical_expert_s += 0.1 * (rest_s / max(1, len(result.timings)) - self._typical_expert_s)
 
@@ -289,21 +364,30 @@ class Dispatch:
         return min(self.config.compute_cap_s, self.config.compute_floor_s + LATE_FACTOR * expected_s)
 
 
-def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], config: ClusterConfig) -> dict[int, str]:
-    """Expert -> node for the experts the gate chose.
+def assign(
+    call: LayerCall, forecasts: Sequence[frozenset[int]], members: list[Member], config: ClusterConfig
+) -> dict[int, str]:
+    """Expert -> node for the experts the gate chose, given what was forecast of each span.
 
     A forecast expert goes where placement had it loaded, any other to the worker of the layer's group with the
     least to do, which is the one whose forecast was wrong, if one was. With no forecast and more experts than the
-    group has workers (a prompt), the experts are dealt round all workers. Where slots are caches, each goes home.
+    group has workers (a prompt), the experts are dealt round all workers. Where slots are caches, each goes home; where
+    an expert has its place whatever else is needed, each goes there, forecast or not. In mode "importance" the call
+    says where, as far as those nodes are there still.
     """
     needed, group_size = sorted(call.counts), config.group_size
     if not members:
         return {}
-    if config.mode == "lru":
-        return homes(call.layer, needed, members)
-    if not predicted and len(needed) > group_size:
+    if config.mode == "importance":
+        said = {expert: node_id for expert, node_id in call.where.items() if any(node_id == m.node_id for m in members)}
+        return {expert: said.get(expert, at_home) for expert, at_home in homes(call.layer, needed, members).items()}
+    if not forecasts and len(needed) > group_size:
         return deal(call.layer, needed, members, config)
-    where = place(call.layer, predicted or needed, members, group_size, config.num_layers)
+    if config.mode == "lru" or config.placing == "expert":
+        return _placed(call.layer, needed, members, config)
+    where: dict[int, str] = {}
+    for experts in forecasts or [frozenset(needed)]:
+        where = place(call.layer, experts, members, group_size, config.num_layers) | where
     assigned = {expert: where[expert] for expert in needed if expert in where}
     work = {member.node_id: 0 for member in group_of(call.layer, members, group_size, config.num_layers)}
     for node_id in assigned.values():
@@ -313,6 +397,19 @@ def assign(call: LayerCall, predicted: frozenset[int], members: list[Member], co
             assigned[expert] = min(work, key=lambda node_id: work[node_id])
             work[assigned[expert]] += 1
     return assigned
+
+
+def _placed(layer: int, experts: Iterable[int], members: list[Member], config: ClusterConfig) -> dict[int, str]:
+    """Expert -> node, as the predictor has it from its view."""
+    return placed(
+        layer,
+        experts,
+        members,
+        config.group_size,
+        mode=config.mode,
+        num_layers=config.num_layers,
+        placing=config.placing,
+    )
 
 
 def _parcels(by_node: Mapping[str, list[int]], counts: Mapping[int, int]) -> list[tuple[str, list[int]]]:
@@ -330,6 +427,13 @@ def _parcels(by_node: Mapping[str, list[int]], counts: Mapping[int, int]) -> lis
             room -= counts[expert]
         cut.append([(node_id, parcel) for parcel in parcels])
     return [parcel for turn in zip_longest(*cut) for parcel in turn if parcel is not None]
+
+
+def _runs(call: LayerCall, experts: Iterable[int]) -> list[int]:
+    """How the experts' rows are cut; empty where each expert's rows belong together."""
+    if not any(len(call.runs.get(expert, ())) > 1 for expert in experts):
+        return []
+    return [length for expert in experts for length in call.runs[expert]]
 
 
 def _last_index(tried: list[str], node_id: str) -> int:

@@ -1,7 +1,7 @@
 """Drives the cluster's state machine: owns the socket and the clock, carries the tensors. Decides nothing.
 
-`submit`, `post` and `end_sequence` may be called and `snapshot` read from any thread; everything else happens on
-the thread in `run`, or, in single-threaded tests, in `pump`.
+`submit`, `post`, `end_sequence`, `drafts` and `await_draft` may be called and `snapshot` read from any thread;
+everything else happens on the thread in `run`, or, in single-threaded tests, in `pump`.
 """
 
 import logging
@@ -21,6 +21,7 @@ from odmoe_server.cluster.events import (
     CallFailed,
     CallRequested,
     Event,
+    FetchAhead,
     LayerCall,
     Note,
     PartDone,
@@ -37,7 +38,7 @@ from odmoe_server.cluster.state import ClusterState
 from odmoe_server.cluster.timeline import Timeline
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
-from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result, Span
+from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result, Schedule, Span
 from odmoe_wire.waiting import Wake, wait
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 # Beyond the call's own deadline: the state machine fails the call, this only guards against a dead driver.
 GRACE_S = 5.0
+# How soon it is noticed that nobody waits for an answer any more.
+LISTENING_S = 0.25
 
 
 class ClusterDriver:
@@ -65,12 +68,15 @@ class ClusterDriver:
         self.link = link
         self.timeline = timeline
         self.driver_errors_total = 0
-        self.snapshot = snapshot_of(state, protocol_errors=0)
+        # Asked while a call waits, from the thread that waits: whether all who want its answer have gone.
+        self.is_unheard: Callable[[], bool] = lambda: False
         self._clock = clock
+        self._take_snapshot(clock())
         self._pump_while_waiting = pump_while_waiting
         self._wake = Wake()
         self._inbox: deque[Callable[[float], None]] = deque()
         self._pending: dict[int, PendingCall] = {}
+        self._drafted = threading.Condition()
         self._last_call_id = 0
         self._next_tick_s = 0.0
         self._stopping = threading.Event()
@@ -86,28 +92,83 @@ class ClusterDriver:
 
     def await_call(self, pending: PendingCall) -> PendingCall:
         """Wait until all experts' rows are there. Raises CallError when the cluster cannot serve it in time."""
-        timeout_s = self.state.config.call_timeout_s + GRACE_S
         if self._pump_while_waiting is not None:
             while not pending.done.is_set():
                 self._pump_while_waiting()
-        elif not pending.done.wait(timeout_s):
+        elif (problem := self._wait_for(pending)) is not None:
             self._later(lambda now: self._abandon(pending.call.call_id, now))
-            raise CallError("the cluster's thread does not answer")
+            raise CallError(problem)
         if pending.failure is not None:
             raise CallError(pending.failure)
         return pending
+
+    def _wait_for(self, pending: PendingCall) -> str | None:
+        """What came between, if anything did."""
+        until_s = time.monotonic() + self.state.config.call_timeout_s + GRACE_S
+        while not pending.done.wait(LISTENING_S):
+            if self.is_unheard():
+                return "nobody waits for the answer any more"
+            if time.monotonic() > until_s:
+                return "the cluster's thread does not answer"
+        return None
+
+    def await_for(self, pending: PendingCall, *, timeout_s: float) -> bool:
+        """Wait no longer than this; whether the call is over, well or not."""
+        if self._pump_while_waiting is None:
+            return pending.done.wait(timeout_s)
+        end_s = self._clock() + timeout_s
+        while not pending.done.is_set() and self._clock() < end_s:
+            self._pump_while_waiting()
+        return pending.done.is_set()
+
+    def give_up(self, pending: PendingCall) -> None:
+        """Nobody waits for the call any more: some node is late with it."""
+        self._later(lambda now: self._abandon(pending.call.call_id, now, late=True))
 
     def post(self, message: AnyMessage, *, blobs: Sequence[Blob] = ()) -> None:
         """Send a message to the predictor, if there is one."""
         self._later(lambda _now: self._to_predictor(message, blobs))
 
-    def begin_prompt(self, span: Span) -> None:
-        """A prompt, or the first chunk of it, is about to go through the model."""
-        self._later(lambda now: self._do(PromptBegins(spans=(span,)), now))
+    def begin_prompt(self, spans: tuple[Span, ...]) -> None:
+        """Prompts, or the first chunks of them, are about to go through the model together."""
+        self._later(lambda now: self._do(PromptBegins(spans=spans), now))
+
+    def forecast(self, span: Span, layer: int) -> frozenset[int]:
+        """What the predictor said of a span's layer, as far as it is known here; empty when it said nothing. Each
+        look-up is one access to a dict, so no lock is needed."""
+        return self.state.dispatch.predicted((span,), layer)
+
+    def fetch(self, event: FetchAhead) -> None:
+        """Have nodes load experts ahead of their layer's gate."""
+        self._later(lambda now: self._do(event, now))
 
     def end_sequence(self, sequence: int) -> None:
         """Tell everybody that a sequence is over."""
         self._later(lambda now: self._do(SequenceEnded(sequence=sequence), now))
+
+    def drafts(self, sequence: int, position: int, most: int, *, behind: int | None = None) -> tuple[int, ...]:
+        """The tokens the predictor's shadow went on with from a position on, as far as they are known here
+        (`Drafts.after`). Does not wait; each look-up is one access to a dict, so no lock is needed."""
+        return self.state.drafts.after(sequence, position, most, behind=behind)
+
+    def await_draft(
+        self, sequence: int, position: int, *, timeout_s: float, most: int = 1, behind: int | None = None
+    ) -> tuple[int, ...]:
+        """The same as soon as there is one; none when none came in time or there is no predictor."""
+
+        def now_known() -> tuple[int, ...]:
+            return self.drafts(sequence, position, most, behind=behind)
+
+        if self.snapshot.predictor_incarnation is None:
+            return now_known()
+        if self._pump_while_waiting is None:
+            with self._drafted:
+                self._drafted.wait_for(now_known, timeout_s)
+        else:
+            end_s = self._clock() + timeout_s
+            while not now_known() and self._clock() < end_s:
+                self._pump_while_waiting()
+        return now_known()
 
     def next_call_id(self) -> int:
         """Ids are drawn by the one decode loop, so no lock is needed."""
@@ -155,16 +216,21 @@ class ClusterDriver:
         if now >= self._next_tick_s:
             self._next_tick_s = now + TICK_S
             self._do(TimePassed(), now)
-            self._take_snapshot()
+            self._take_snapshot(now)
         elif self.snapshot.epoch != self.state.peers.epoch:
-            self._take_snapshot()
+            self._take_snapshot(now)
         return busy
 
     # -------------------------------------------------------------------------------------------- insides
 
-    def _take_snapshot(self) -> None:
-        errors = self.link.protocol_errors + self.driver_errors_total
-        self.snapshot = snapshot_of(self.state, protocol_errors=errors)
+    def _take_snapshot(self, now: float) -> None:
+        self.snapshot = snapshot_of(
+            self.state,
+            protocol_errors=self.link.protocol_errors,
+            bad_messages=self.link.bad_messages,
+            loop_errors=self.driver_errors_total,
+            now=now,
+        )
 
     def _later(self, job: Callable[[float], None]) -> None:
         self._inbox.append(job)
@@ -176,9 +242,9 @@ class ClusterDriver:
         self._do(CallRequested(call=pending.call), now)
         pending.predicted = self.state.dispatch.calls[call_id].predicted
 
-    def _abandon(self, call_id: int, now: float) -> None:
+    def _abandon(self, call_id: int, now: float, *, late: bool = False) -> None:
         self._pending.pop(call_id, None)
-        self._do(CallAbandoned(call_id=call_id), now)
+        self._do(CallAbandoned(call_id=call_id, late=late), now)
 
     def _received(self, peer_id: str, received: Received, now: float) -> None:
         message = received.message
@@ -194,6 +260,9 @@ class ClusterDriver:
                     reason="its result has another shape or dtype",
                 )
         self._do(PeerMessage(peer_id=peer_id, epoch=received.epoch, message=message), now, rows_NH=rows_NH)
+        if isinstance(message, Schedule) and message.tokens:
+            with self._drafted:
+                self._drafted.notify_all()
 
     def _fits(self, result: Result, rows_NH: torch.Tensor) -> bool:
         """Whether a result is shaped as its request asks; one that nobody waits for fits anything."""
@@ -222,6 +291,8 @@ class ClusterDriver:
                 pending.accept(action, rows_NH)
                 if action.last:
                     del self._pending[action.call_id]
+                    if not pending.call.is_prompt:
+                        self.state.ledger.served(pending.call.layer, pending.timings)
             case CallFailed():
                 self._pending.pop(action.call_id).fail(action.reason)
             case Note():

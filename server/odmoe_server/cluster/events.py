@@ -5,16 +5,18 @@ its id and its row counts, the driver keeps the rows.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from odmoe_wire.messages import AnyMessage, Compute, ExpertTiming, Span
+from odmoe_wire.messages import AnyMessage, Compute, ExpertRef, ExpertTiming, Span
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
     """The gate of one MoE layer has spoken: `counts` maps each chosen expert to its number of token rows. A prompt is
-    not forecast; where it goes on behind these spans, `next_spans` is what the step after this one takes of it."""
+    not forecast; where it goes on behind these spans, `next_spans` is what the step after this one takes of it. `runs`
+    cuts an expert's rows into those that belong together (see `Compute.runs`); without an entry all do. In mode
+    "importance" the decode loop has also decided `where` each expert is computed and what is `leaving` which node."""
 
     call_id: int
     spans: tuple[Span, ...]
@@ -22,6 +24,9 @@ class LayerCall:
     counts: Mapping[int, int]
     is_prompt: bool = False
     next_spans: tuple[Span, ...] = ()
+    runs: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    where: Mapping[int, str] = field(default_factory=dict)
+    leaving: Mapping[str, tuple[ExpertRef, ...]] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------------------ events
@@ -42,10 +47,22 @@ class PromptBegins:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchAhead:
+    """The decode loop wants experts of a layer loaded before its gate has spoken for these spans; the rest as in
+    `LayerCall`."""
+
+    spans: tuple[Span, ...]
+    layer: int
+    where: Mapping[int, str]
+    leaving: Mapping[str, tuple[ExpertRef, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CallAbandoned:
-    """The decode loop does not wait for this call any more."""
+    """The decode loop does not wait for this call any more; `late` if because of nodes that did not answer."""
 
     call_id: int
+    late: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +93,16 @@ class TimePassed:
     """Nothing but the clock; comes several times a heartbeat."""
 
 
-Event = CallRequested | PromptBegins | CallAbandoned | SequenceEnded | PeerMessage | PeerUnreachable | TimePassed
+Event = (
+    CallRequested
+    | PromptBegins
+    | FetchAhead
+    | CallAbandoned
+    | SequenceEnded
+    | PeerMessage
+    | PeerUnreachable
+    | TimePassed
+)
 
 
 # ----------------------------------------------------------------------------------------------------- actions

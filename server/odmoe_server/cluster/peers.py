@@ -9,9 +9,22 @@ from dataclasses import dataclass, field
 
 from odmoe_server.cluster.events import Action, Note, Send
 from odmoe_wire.liveness import Liveness
-from odmoe_wire.messages import Heartbeat, Hello, Member, Refused, SlotMode, SlotReport, View, Welcome
+from odmoe_wire.messages import (
+    Heartbeat,
+    Hello,
+    Member,
+    Placing,
+    Refused,
+    ShadowReport,
+    SlotMode,
+    SlotReport,
+    View,
+    Welcome,
+)
 
 MAX_DEPARTED = 64
+# Life signs that may be overdue before a node gets no new work.
+SILENT_HEARTBEATS = 3
 # Nodes whose loads take up to this much longer than those of the fastest of them are taken for equal.
 LIKE_WITHIN_PERCENT = 25
 
@@ -19,7 +32,8 @@ LIKE_WITHIN_PERCENT = 25
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """What the server demands of its peers and how it times them. `group_size` is the model's top-k unless the
-    operator says otherwise; `mode` is what becomes of an expert in its slot."""
+    operator says otherwise; `mode` is what becomes of an expert in its slot, `placing` how a forecast's experts find
+    their nodes."""
 
     store_digest: str
     package_version: str
@@ -28,9 +42,10 @@ class ClusterConfig:
     group_size: int
     top_k: int = 1
     mode: SlotMode = "on-demand"
+    placing: Placing = "span"
     heartbeat_s: float = 0.25
     lost_after_s: float = 3.0
-    compute_floor_s: float = 2.0
+    compute_floor_s: float = 0.5
     compute_cap_s: float = 30.0
     call_timeout_s: float = 60.0
 
@@ -43,6 +58,7 @@ class Peer:
     liveness: Liveness
     heartbeats_sent: int = 0
     report: SlotReport | None = None
+    shadow_report: ShadowReport | None = None
 
 
 @dataclass(kw_only=True)
@@ -115,6 +131,11 @@ class Peers:
         """Peers that have been silent for too long."""
         return [peer_id for peer_id, peer in self.admitted.items() if peer.liveness.lost(now)]
 
+    def silent(self, now: float) -> list[str]:
+        """Peers of which several life signs are overdue, though they are not given up yet."""
+        silence_s = SILENT_HEARTBEATS * self.config.heartbeat_s
+        return [peer_id for peer_id, peer in self.admitted.items() if peer.liveness.silence_s(now) >= silence_s]
+
     def heartbeats(self, now: float) -> list[Action]:
         """Life signs that are due to the peers."""
         beats: list[Action] = []
@@ -127,7 +148,12 @@ class Peers:
         return beats
 
     def _view_for(self, peer_id: str) -> Send:
-        view = View(members=self.members(), group_size=self.config.group_size, mode=self.config.mode)
+        view = View(
+            members=self.members(),
+            group_size=self.config.group_size,
+            mode=self.config.mode,
+            placing=self.config.placing,
+        )
         return Send(peer_id=peer_id, message=view, epoch=self.epoch)
 
     def _misfit(self, peer_id: str, hello: Hello) -> str | None:

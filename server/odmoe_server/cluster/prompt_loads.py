@@ -22,8 +22,8 @@ class PromptLoads:
     """Every method returns what is to be sent."""
 
     config: ClusterConfig
-    # The layer the nodes were told of last, by the spans it is for.
-    _told: dict[tuple[Span, ...], int] = field(default_factory=dict)
+    # The layer the nodes were told of last, by the span it is for.
+    _told: dict[Span, int] = field(default_factory=dict)
 
     def begin(self, spans: tuple[Span, ...], members: Sequence[Member], *, epoch: int) -> list[Action]:
         """A prompt begins: its first layer, if with so many tokens most experts can be expected to be chosen."""
@@ -35,7 +35,7 @@ class PromptLoads:
         """All computes of a prompt's layer are sent: the next layer's loads, which for the last one are those of the
         prompt's next chunk; and what the gate did not choose need not be loaded."""
         actions: list[Action] = []
-        if self._told.pop(call.spans, None) == call.layer:
+        if call.layer in [self._told.pop(span, None) for span in call.spans]:
             actions += self._release(call, members, epoch=epoch)
         if len(call.counts) < LOAD_AHEAD_SHARE * self.config.num_experts:
             return actions
@@ -45,10 +45,10 @@ class PromptLoads:
 
     def forget(self, sequence: int) -> None:
         """The sequence is over."""
-        self._told = {spans: layer for spans, layer in self._told.items() if spans[0].sequence != sequence}
+        self._told = {span: layer for span, layer in self._told.items() if span.sequence != sequence}
 
     def _load(self, spans: tuple[Span, ...], layer: int, members: Sequence[Member], *, epoch: int) -> list[Action]:
-        self._told[spans] = layer
+        self._told.update(dict.fromkeys(spans, layer))
         by_node: dict[str, list[int]] = {}
         for expert, node_id in deal(layer, range(self.config.num_experts), members, self.config).items():
             by_node.setdefault(node_id, []).append(expert)
@@ -66,4 +66,4 @@ class PromptLoads:
 
 def deal(layer: int, experts: Iterable[int], members: Sequence[Member], config: ClusterConfig) -> dict[int, str]:
     """Which of all workers computes an expert of a prompt, whatever else the prompt needs."""
-    return homes(layer, experts, members) if config.mode == "lru" else deal_prompt(experts, members)
+    return deal_prompt(experts, members) if config.mode == "on-demand" else homes(layer, experts, members)

@@ -3,16 +3,18 @@
 Puts together who takes part (`peers`) and who computes what (`dispatch`), and keeps a short story of what happened.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import assert_never
 
 from odmoe_server.cluster.dispatch import Dispatch
+from odmoe_server.cluster.drafts import Drafts
 from odmoe_server.cluster.events import (
     Action,
     CallAbandoned,
     CallRequested,
     Event,
+    FetchAhead,
     Note,
     PeerMessage,
     PeerUnreachable,
@@ -21,7 +23,9 @@ from odmoe_server.cluster.events import (
     SequenceEnded,
     TimePassed,
 )
+from odmoe_server.cluster.ledger import Ledger
 from odmoe_server.cluster.peers import ClusterConfig, Peer, Peers
+from odmoe_server.importance.residency import Residency
 from odmoe_wire.messages import (
     AnyMessage,
     Bye,
@@ -29,11 +33,13 @@ from odmoe_wire.messages import (
     ComputeFailed,
     End,
     Hello,
+    Loaded,
     LoadFailed,
     ProtocolErrorNotice,
     Result,
     Rollback,
     Schedule,
+    ShadowReport,
     SlotReport,
 )
 
@@ -47,16 +53,24 @@ class ClusterState:
     config: ClusterConfig
     peers: Peers = field(init=False)
     dispatch: Dispatch = field(init=False)
+    drafts: Drafts = field(default_factory=Drafts)
+    ledger: Ledger = field(init=False)
+    residency: Residency = field(default_factory=Residency)
     stale_total: int = 0
     story: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
 
     def __post_init__(self) -> None:
         self.peers = Peers(config=self.config)
-        self.dispatch = Dispatch(config=self.config)
+        self.ledger = Ledger(num_layers=self.config.num_layers)
+        self.dispatch = Dispatch(config=self.config, ledger=self.ledger)
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What is to be done about an event, in order."""
         actions = self._handle(event, now)
+        if isinstance(event, TimePassed | CallAbandoned) or self.peers.epoch != self.residency.epoch:
+            members = self.peers.members()
+            suspects = self.dispatch.suspects.among(members, now)
+            self.residency.take_part(members, suspects=suspects, epoch=self.peers.epoch)
         self.story.extend((now, action.text) for action in actions if isinstance(action, Note))
         return actions
 
@@ -66,7 +80,11 @@ class ClusterState:
                 return self.dispatch.begin(event.call, self.peers.members(), epoch=self.peers.epoch, now=now)
             case PromptBegins():
                 return self.dispatch.begin_prompt(event.spans, self.peers.members(), epoch=self.peers.epoch)
+            case FetchAhead():
+                return self._fetch(event)
             case CallAbandoned():
+                if event.late:
+                    self.dispatch.suspect(event.call_id, now=now)
                 self.dispatch.abandon(event.call_id)
                 return []
             case SequenceEnded():
@@ -79,6 +97,11 @@ class ClusterState:
                 return self._tick(now)
             case _:
                 assert_never(event)
+
+    def _fetch(self, event: FetchAhead) -> list[Action]:
+        for node_id, num_loads in Counter(event.where.values()).items():
+            self.residency.make_room(node_id, num_loads=num_loads, leaving=event.leaving.get(node_id, ()))
+        return self.dispatch.fetch(event, self.peers.members(), epoch=self.peers.epoch)
 
     def _message(self, event: PeerMessage, now: float) -> list[Action]:
         peer_id, message = event.peer_id, event.message
@@ -95,12 +118,22 @@ class ClusterState:
         peer_id = peer.hello.peer_id
         match message:
             case Result():
+                if self.config.mode == "importance":
+                    self.residency.reported(peer_id, message.held)
                 return self.dispatch.result(peer_id, message, now=now)
+            case Loaded():
+                self.residency.costs.loaded(message.load_s)
+                if self.config.mode == "importance":
+                    self.residency.reported(peer_id, message.held)
+                return []
             case Schedule() | Rollback():
                 self._forecast(peer, epoch, message)
                 return []
             case SlotReport():
                 peer.report = message
+                return []
+            case ShadowReport():
+                peer.shadow_report = message
                 return []
             case ComputeFailed():
                 text = f"node {peer_id} could not compute: {message.code}: {message.reason}"
@@ -113,17 +146,25 @@ class ClusterState:
                 return self._lost(peer_id, now, reason=message.reason)
             case ProtocolErrorNotice():
                 return [Note(level="warning", text=f"{peer_id} did not accept a message: {message.reason}")]
-            case _:  # heartbeats and load reports have served as life signs
+            case _:  # heartbeats have served as life signs
                 return []
 
     def _forecast(self, peer: Peer, epoch: int, message: Schedule | Rollback) -> None:
-        """Nodes drop forecasts placed by an older view, so they must not count here either."""
-        if peer.hello.role != "predictor" or epoch != self.peers.epoch:
+        """Nodes drop forecasts placed by an older view, so they must not count here either. A draft has no place."""
+        if peer.hello.role != "predictor":
             self.stale_total += 1
-        elif isinstance(message, Schedule):
-            self.dispatch.forecast(message)
+            return
+        is_stale = epoch != self.peers.epoch
+        self.stale_total += is_stale
+        if isinstance(message, Schedule):
+            self.drafts.said(message)
+            if not is_stale:
+                self.dispatch.forecast(message)
         else:
-            self.dispatch.rollback(message)
+            self.ledger.realigns_total += 1
+            self.drafts.rollback(message)
+            if not is_stale:
+                self.dispatch.rollback(message)
 
     def _hello(self, peer_id: str, hello: Hello, now: float) -> list[Action]:
         known = self.peers.admitted.get(peer_id)
@@ -133,18 +174,21 @@ class ClusterState:
         epoch_before = self.peers.epoch
         admitted = self.peers.admit(peer_id, hello, now)
         if self.peers.epoch != epoch_before:
-            self.dispatch.forecasts.clear()  # they were placed by a view that is over
+            self.dispatch.forget_forecasts()  # they were placed by a view that is over
         return before + admitted
 
     def _lost(self, peer_id: str, now: float, *, reason: str) -> list[Action]:
         if peer_id not in self.peers.admitted:
             return []
+        if self.peers.admitted[peer_id].hello.role == "predictor":
+            self.drafts.clear()
         actions = self.peers.remove(peer_id, reason=reason)
-        self.dispatch.forecasts.clear()  # they were placed by a view that is over
+        self.dispatch.forget_forecasts()  # they were placed by a view that is over
         return actions + self.dispatch.node_lost(peer_id, self.peers.members(), epoch=self.peers.epoch, now=now)
 
     def _sequence_ended(self, sequence: int) -> list[Action]:
         self.dispatch.forget(sequence)
+        self.drafts.forget(sequence)
         cancel, end = Cancel(sequence=sequence), End(sequence=sequence)
         return [
             Send(peer_id=peer_id, message=cancel if peer.hello.role == "node" else end, epoch=self.peers.epoch)
@@ -155,5 +199,6 @@ class ClusterState:
         actions: list[Action] = []
         for peer_id in self.peers.lost(now):
             actions += self._lost(peer_id, now, reason=f"silent for {self.config.lost_after_s} s")
+        self.dispatch.suspects.are_silent(self.peers.silent(now))
         actions += self.dispatch.tick(self.peers.members(), epoch=self.peers.epoch, now=now)
         return actions + self.peers.heartbeats(now)

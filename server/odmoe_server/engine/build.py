@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import zmq
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from odmoe_model.kvcache import new_cache
+from odmoe_model.routers import routers_of
 from odmoe_model.seam import install
 from odmoe_model.skeleton import load_generation_config, load_skeleton
 from odmoe_model.store import ExpertStore
@@ -17,10 +19,17 @@ from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.state import ClusterState
 from odmoe_server.engine.align import Periods
+from odmoe_server.engine.kv import default_budget_bytes, measure_kv
 from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
 from odmoe_server.engine.recordings import Recordings
 from odmoe_server.engine.step import Stepper
-from odmoe_server.moe.remote import RemoteExperts, Tally
+from odmoe_server.engine_api import GenerationRequest
+from odmoe_server.importance.dial import effective_alpha
+from odmoe_server.importance.host import HostExperts
+from odmoe_server.importance.mode import Importance
+from odmoe_server.importance.options import ImportanceOptions
+from odmoe_server.moe.lanes import meet
+from odmoe_server.moe.remote import RemoteExperts
 from odmoe_server.moe.trace import RoutedCall
 from odmoe_wire.checks import Limits
 from odmoe_wire.keys import CurveKeys
@@ -31,8 +40,10 @@ from odmoe_wire.messages import SlotMode, ToServer
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """`group_size` None is the model's top-k. `max_context` cuts the model's own context length. `prefill_chunk`:
-    most tokens of a prompt that go through the model at once; None takes every prompt whole."""
+    """`group_size` None is as many nodes as a step may need experts of a layer. `max_context` cuts the model's own context length. `prefill_chunk`:
+    most tokens of a prompt that go through the model at once; None takes every prompt whole. `draft`: most guesses of
+    the shadow verified in one step. `kv_memory_bytes`: for keys and values of all sequences; None takes a share of what
+    is free."""
 
     endpoint: str
     device: str = "cpu"
@@ -49,6 +60,11 @@ class EngineOptions:
     trace: Path | None = None
     prefill_chunk: int | None = 512
     slot_mode: SlotMode = "on-demand"
+    draft: int = 0
+    max_running: int = 16
+    kv_memory_bytes: int | None = None
+    prefix_cache: bool = True
+    importance: ImportanceOptions | None = None
 
 
 def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
@@ -59,9 +75,11 @@ def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
         package_version=version("odmoe"),
         num_layers=manifest.num_moe_layers,
         num_experts=manifest.num_experts,
-        group_size=options.group_size or manifest.top_k,
+        group_size=options.group_size or min(manifest.num_experts, manifest.top_k * (1 + options.draft)),
         top_k=manifest.top_k,
-        mode=options.slot_mode,
+        mode=options.slot_mode if options.importance is None else "importance",
+        # Guesses and their forecasts come several at a time: those that name one expert must meet at one node.
+        placing="expert" if options.draft else "span",
         heartbeat_s=options.heartbeat_s,
         lost_after_s=options.lost_after_s,
         call_timeout_s=options.call_timeout_s,
@@ -87,6 +105,7 @@ def engine_limits(store: ExpertStore, options: EngineOptions) -> EngineLimits:
         context_length=min(model_length, options.max_context or model_length),
         end_ids=frozenset([end_ids] if isinstance(end_ids, int) else end_ids),
         max_queued=options.max_queued,
+        max_running=options.max_running,
     )
 
 
@@ -100,15 +119,52 @@ def load_model(
     """Load all weights but the experts' and put the cluster into the experts' place."""
     torch.set_num_threads(options.threads)
     model = load_skeleton(store, device=options.device)
-    experts, total = RemoteExperts(cluster=cluster, trace=trace), Tally()
-    install(model, experts)
+    importance = None if options.importance is None else _importance(store, options.importance, model, cluster)
+    experts = RemoteExperts(cluster=cluster, traces=trace is not None, importance=importance)
+    install(model, meet)
     settle_heap()
+
+    def empty_cache() -> DynamicCache:
+        # Windows and states that can go back are larger, so only who guesses has them.
+        return new_cache(model.config) if options.draft else DynamicCache(config=model.config)
+
+    kv_bytes = options.kv_memory_bytes
     return Loaded(
-        stepper=Stepper(model, experts=experts, cluster=cluster, total=total, periods=options.periods),
-        new_cache=lambda: DynamicCache(config=model.config),
-        total=total,
+        stepper=Stepper(
+            model, meeting=experts, cluster=cluster, total=experts.total, periods=options.periods, trace=trace
+        ),
+        new_cache=empty_cache,
+        total=experts.total,
+        kv_size=measure_kv(model, empty_cache),
+        kv_budget_bytes=default_budget_bytes(options.device) if kv_bytes is None else kv_bytes,
         prefill_chunk=None if turns_with_length(model.config) else options.prefill_chunk,
+        draft=options.draft,
+        prefix_cache=options.prefix_cache,
+        alpha_of=lambda request: _alpha(request, options.importance),
     )
+
+
+def _importance(
+    store: ExpertStore, options: ImportanceOptions, model: PreTrainedModel, cluster: ClusterDriver
+) -> Importance:
+    family = store.manifest.model_type
+    return Importance(
+        options,
+        routers=routers_of(model, family=family),
+        family=family,
+        num_experts=store.manifest.num_experts,
+        residency=cluster.state.residency,
+        fetch=cluster.fetch,
+        forecast=cluster.forecast,
+        host=HostExperts(store) if options.cpu_share else None,
+    )
+
+
+def _alpha(request: GenerationRequest, options: ImportanceOptions | None) -> float:
+    """How far a request's experts may be replaced; see `GenerationRequest`."""
+    if options is None:
+        return 0.0
+    return effective_alpha(request.alpha, default=options.alpha, cap=options.max_alpha)
 
 
 def turns_with_length(config: PreTrainedConfig) -> bool:

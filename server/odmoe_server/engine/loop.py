@@ -1,6 +1,5 @@
-"""The decode loop: takes requests in order, steps, samples, publishes. One thread owns the model and all sequences.
-
-Knows no HTTP, no text and no socket. One sequence runs at a time; the others wait in a bounded queue.
+"""The decode loop: admits requests in order, steps all that run together, publishes. One thread owns the model and all
+sequences. Knows no HTTP, no text and no socket.
 """
 
 import asyncio
@@ -12,10 +11,14 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from transformers import DynamicCache
 
 from odmoe_server.cluster.calls import CallError
 from odmoe_server.cluster.driver import ClusterDriver
+from odmoe_server.engine.kv import KvSize, Room
+from odmoe_server.engine.prefix import PrefixCache
+from odmoe_server.engine.rota import Rota
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine.sequence import Outbox, Sequence
 from odmoe_server.engine.step import Stepper
@@ -29,32 +32,41 @@ from odmoe_server.engine_api import (
     QueueFull,
     Token,
 )
-from odmoe_server.moe.remote import Tally
+from odmoe_server.moe.tally import Tally
 
 log = logging.getLogger(__name__)
 
 # How long an idle loop sleeps at most before it looks whether it should stop.
 IDLE_S = 1.0
+# Of the memory for keys and values, what prompt heads that may come again may take.
+PREFIX_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """What the loop accepts."""
+    """What the loop accepts. `max_running`: sequences that are decoded together."""
 
     context_length: int
     end_ids: frozenset[int]
     max_queued: int = 64
+    max_running: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What loading the model brings to the loop."""
+    """What loading the model brings to the loop. `prefill_chunk`: most tokens of a prompt that go through the model at
+    once; None for a model that needs them all at once. `draft`: most guesses of the shadow verified in a step.
+    `alpha_of`: how far a request's experts may be replaced."""
 
     stepper: Stepper
     new_cache: Callable[[], DynamicCache]
     total: Tally
-    # Most tokens of a prompt that go through the model at once; None for a model that needs them all at once.
+    kv_size: KvSize
+    kv_budget_bytes: int
     prefill_chunk: int | None = None
+    draft: int = 0
+    prefix_cache: bool = True
+    alpha_of: Callable[[GenerationRequest], float] = lambda request: 0.0
 
 
 class DecodeLoop:
@@ -65,11 +77,15 @@ class DecodeLoop:
         self._limits = limits
         self._load = load
         self._loaded: Loaded | None = None
+        self._room = Room(budget_bytes=0, max_running=limits.max_running)
+        self._prefix: PrefixCache | None = None
+        self._rota = Rota(chunk=None)
         self._state: Literal["loading", "ready", "stopping", "dead"] = "loading"
         self._detail = "loading the weights"
+        self._context_length = limits.context_length
         self._queue: deque[Sequence] = deque()
         self._changed = threading.Condition()
-        self._running: Sequence | None = None
+        self._running: list[Sequence] = []
         self._last_sequence_id = 0
         self._prompt_tokens_total = 0
         self._generation_tokens_total = 0
@@ -81,7 +97,7 @@ class DecodeLoop:
     @property
     def context_length(self) -> int:
         """Most tokens prompt and answer may have together."""
-        return self._limits.context_length
+        return self._context_length
 
     def start(self) -> None:
         """Begin to load; `health` tells when it is done."""
@@ -114,10 +130,11 @@ class DecodeLoop:
         cluster = self._cluster.snapshot
         total = self._loaded.total if self._loaded else Tally()
         waiting = self._state == "ready" and cluster.num_nodes_alive == 0
+        prefix = self._prefix
         return EngineHealth(
             state="waiting" if waiting else self._state,
             detail="waiting for a node agent to join" if waiting else self._detail,
-            running=int(self._running is not None),
+            running=len(self._running),
             queued=len(self._queue),
             predictor_alive=cluster.predictor_incarnation is not None,
             nodes=cluster.peers,
@@ -127,6 +144,10 @@ class DecodeLoop:
             generation_tokens_total=self._generation_tokens_total,
             protocol_errors_total=cluster.protocol_errors_total,
             failures_total=self._failures_total,
+            kv_reserved_bytes=self._room.reserved_bytes,
+            kv_prefix_bytes=prefix.used_bytes if prefix is not None else 0,
+            kv_budget_bytes=self._room.budget_bytes,
+            cluster=cluster.figures,
         )
 
     def _enqueue(self, request: GenerationRequest, outbox: Outbox) -> None:
@@ -136,7 +157,7 @@ class DecodeLoop:
         with self._changed:
             if self._state != "ready":
                 raise NotReady(self._detail)
-            if len(self._queue) >= self._limits.max_queued:
+            if len(self._queue) >= self._limits.max_queued and not self._has_room():
                 raise QueueFull(f"{len(self._queue)} requests are waiting already", retry_after_s=2.0)
             self._last_sequence_id += 1
             end_ids = frozenset() if request.sampling.ignore_eos else self._limits.end_ids
@@ -148,16 +169,22 @@ class DecodeLoop:
                 cache=self._loaded.new_cache(),
                 sampler=Sampler(request.sampling),
                 prefill_chunk=self._loaded.prefill_chunk,
+                may_go_back=self._loaded.draft > 0,
+                alpha=self._loaded.alpha_of(request),
             )
             self._queue.append(sequence)
             self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        """Whether a request that came now would not wait."""
+        return not self._queue and len(self._running) < self._limits.max_running
 
     # --------------------------------------------------------------------------------------- the loop's thread
 
     def _run(self) -> None:
         try:
             started_s = time.monotonic()
-            self._loaded = self._load()
+            self._begin_with(self._load())
             log.info("weights loaded in %.1f s", time.monotonic() - started_s)
         except Exception:  # outermost: whatever it is, the probes must tell
             log.exception("the model could not be loaded")
@@ -166,11 +193,25 @@ class DecodeLoop:
             self._enter("ready", "ready")
         while self._state == "ready":
             try:
-                self._serve_next()
+                self._turn()
             except Exception:  # outermost loop: one request's failure is not the next one's
                 self._failures_total += 1
-                log.exception("a request failed for an unforeseen reason")
-        self._refuse_waiting()
+                log.exception("requests failed for an unforeseen reason")
+                self._fail(list(self._running), GenerationFailed("the server failed to compute the answer"))
+        self._refuse_all()
+
+    def _begin_with(self, loaded: Loaded) -> None:
+        self._room.budget_bytes = loaded.kv_budget_bytes
+        longest = loaded.kv_size.positions_in(loaded.kv_budget_bytes, most=self._limits.context_length)
+        if longest < self._limits.context_length:
+            log.warning("keys and values have room for %d positions, not for the model's %d", longest, self._context_length)
+        self._context_length = longest
+        if loaded.prefix_cache and loaded.prefill_chunk is not None:
+            self._prefix = PrefixCache(
+                budget_bytes=int(loaded.kv_budget_bytes * PREFIX_SHARE), chunk=loaded.prefill_chunk
+            )
+        self._rota = Rota(chunk=loaded.prefill_chunk, draft=loaded.draft)
+        self._loaded = loaded
 
     def _enter(self, state: Literal["ready", "dead"], detail: str) -> None:
         """Leave `loading`, unless the server is stopping already."""
@@ -178,46 +219,87 @@ class DecodeLoop:
             if self._state == "loading":
                 self._state, self._detail = state, detail
 
-    def _serve_next(self) -> None:
+    def _turn(self) -> None:
+        """Let go of who went away, take in who has room, and take one step with some of those that run."""
         with self._changed:
-            if not self._queue:
+            if not self._queue and not self._running:
                 self._changed.wait(IDLE_S)
-            if not self._queue or self._state != "ready":
-                return
-            self._running = sequence = self._queue.popleft()
+            for sequence in [sequence for sequence in self._queue if sequence.cancelled]:
+                self._queue.remove(sequence)
+            self._leave([sequence for sequence in self._running if sequence.cancelled])
+            while self._queue and self._admit(self._queue[0]):
+                self._running.append(self._queue.popleft())
+        batch = self._rota.next_batch(self._running)
+        if batch:
+            self._step(batch)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """First come, first served: who does not fit waits, and those behind too."""
+        assert self._loaded is not None
+        request = sequence.request
+        need_bytes = self._loaded.kv_size.bytes_for(len(request.prompt_ids) + request.max_tokens)
+        if self._prefix is not None:
+            self._prefix.shrink(self._room.budget_bytes - self._room.reserved_bytes - need_bytes)
+        beside_bytes = self._prefix.used_bytes if self._prefix is not None else 0
+        if not self._room.admit(sequence.sequence_id, need_bytes, beside_bytes=beside_bytes):
+            return False
+        found = self._prefix.find(request.tenant, request.prompt_ids, sequence.cache) if self._prefix else 0
+        sequence.begin(cached_tokens=found)
+        return True
+
+    def _step(self, batch: list[Sequence]) -> None:
+        assert self._loaded is not None
+        stepper = self._loaded.stepper
+        is_prompt = batch[0].is_prompt
+        if not is_prompt:
+            for sequence in batch:
+                stepper.draft(sequence, most=self._rota.num_drafts(len(batch)))
+        self._cluster.is_unheard = lambda: self._state != "ready" or all(sequence.cancelled for sequence in batch)
         try:
-            self._serve(sequence)
-        except BaseException:
-            sequence.outbox.put(GenerationFailed("the server failed to compute the answer"))
-            raise
-        finally:
-            self._running = None
+            rows = stepper.step(batch)
+        except CallError as error:
+            names = ", ".join(sequence.request.request_id for sequence in batch)
+            log.warning("requests %s failed: %s", names, error)
+            self._fail(batch, GenerationFailed("the cluster could not compute the answer; try again"))
+            return
+        for sequence, own in zip(batch, rows, strict=True):
+            self._take(sequence, own)
+
+    def _take(self, sequence: Sequence, rows: list[torch.Tensor]) -> None:
+        """What a step brought one sequence. Its failure is not the others'."""
+        assert self._loaded is not None
+        before, was_prompt, num_fresh = sequence.completion_tokens, sequence.is_prompt, len(sequence.fresh_ids)
+        try:
+            self._loaded.stepper.take(sequence, rows)
+        except Exception:  # outermost for one request: a processor of its own logits, say
+            self._failures_total += 1
+            log.exception("request %s failed for an unforeseen reason", sequence.request.request_id)
+            self._fail([sequence], GenerationFailed("the server failed to compute the answer"))
+            return
+        self._generation_tokens_total += sequence.completion_tokens - before
+        if was_prompt:
+            self._prompt_tokens_total += num_fresh
+            if self._prefix is not None:
+                self._prefix.keep(sequence.request.tenant, sequence.request.prompt_ids, sequence.cache)
+        if sequence.finish_reason is not None:
+            sequence.deliver_end()
+            self._leave([sequence])
+
+    def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
+        for sequence in sequences:
+            sequence.outbox.put(error)
+        self._leave(sequences)
+
+    def _leave(self, sequences: list[Sequence]) -> None:
+        """They are over: give back what they held, here and on every node."""
+        for sequence in sequences:
+            self._running.remove(sequence)
+            self._room.leave(sequence.sequence_id)
             self._cluster.end_sequence(sequence.sequence_id)
 
-    def _serve(self, sequence: Sequence) -> None:
-        """Run one sequence to its end."""
-        assert self._loaded is not None
-        try:
-            while not sequence.cancelled:
-                if self._state != "ready":
-                    sequence.outbox.put(NotReady(self._detail))
-                    return
-                num_prompt = len(sequence.fresh_ids) if sequence.is_prompt else 0
-                logits_V = self._loaded.stepper.step([sequence])[0]
-                self._prompt_tokens_total += num_prompt
-                if sequence.is_prompt:  # what the chunk ends with is known already
-                    continue
-                self._generation_tokens_total += 1
-                reason = sequence.accept(sequence.sampler.next_token(logits_V))
-                if reason is not None:
-                    sequence.finish(reason)
-                    return
-        except CallError as error:
-            log.warning("request %s failed: %s", sequence.request.request_id, error)
-            sequence.outbox.put(GenerationFailed("the cluster could not compute the answer; try again"))
-
-    def _refuse_waiting(self) -> None:
+    def _refuse_all(self) -> None:
         with self._changed:
             waiting, self._queue = list(self._queue), deque()
         for sequence in waiting:
             sequence.outbox.put(NotReady(self._detail))
+        self._fail(list(self._running), NotReady(self._detail))

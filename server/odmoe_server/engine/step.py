@@ -1,11 +1,13 @@
 """One step of the decode loop: the fresh tokens of each sequence through the model, and the shadow kept in line.
 
-Knows the stock transformers model, the experts' handler and the predictor's messages; knows no queue and no client.
-A step takes q >= 1 fresh tokens of each of b >= 1 sequences; the sequences' forwards follow one another.
+Knows the stock transformers model, lanes, and the predictor's messages; knows no queue and no client. A step takes either
+chunks of prompts, or of each sequence the newest token and behind it tokens the shadow has guessed (drafts), which it
+verifies. Every one of these is a lane (see `moe.lanes`), so all share the experts that are loaded.
 
 V vocabulary.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Batch
 
 import torch
@@ -16,58 +18,65 @@ from odmoe_model.tensors import to_blob
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.engine.align import Periods
 from odmoe_server.engine.sequence import Sequence
-from odmoe_server.moe.remote import RemoteExperts, Tally
+from odmoe_server.moe.lanes import Lane, Meeting, run_lanes
+from odmoe_server.moe.tally import Tally
+from odmoe_server.moe.trace import RoutedCall
 from odmoe_wire.messages import Align, Span, Start, Wants
 
 
 class Stepper:
-    """Runs steps; one per server, used by one thread."""
+    """Runs steps; one per server, used by one thread. `meeting` serves a layer's experts; `total` counts for all."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        experts: RemoteExperts,
+        meeting: Meeting,
         cluster: ClusterDriver,
         total: Tally,
         periods: Periods,
+        trace: Callable[[RoutedCall], None] | None = None,
     ) -> None:
-        self._periods = periods
         self._model = model
-        self._experts = experts
+        self._meeting = meeting
         self._cluster = cluster
         self._total = total
+        self._periods = periods
+        self._trace = trace
 
-    def step(self, batch: Batch[Sequence]) -> list[torch.Tensor]:
-        """logits_V after the last fresh token of each sequence, whose caches then hold all fresh tokens.
+    def step(self, batch: Batch[Sequence]) -> list[list[torch.Tensor]]:
+        """For each sequence the logits_V behind its last fresh token and behind each of its drafts. All of them are in
+        the caches then; `Sequence.take` keeps what was right.
 
-        Raises CallError when the cluster cannot serve a layer.
+        The batch is all prompts or none. Raises CallError when the cluster cannot serve a layer.
         """
-        wants: list[Wants] = []
-        for sequence in batch:
-            if sequence.is_prompt and sequence.position == 0:
-                self._cluster.begin_prompt(_span(sequence))
-            wants.append(self._align(sequence))
-        return [self._forward(sequence, wants=more) for sequence, more in zip(batch, wants, strict=True)]
+        if begin := tuple(_span(sequence) for sequence in batch if sequence.is_new):
+            self._cluster.begin_prompt(begin)
+        lanes = [_lanes(sequence, wants=self._align(sequence)) for sequence in batch]
+        rows = iter(run_lanes(self._model, [lane for own in lanes for lane in own], self._meeting))
+        return [[next(rows) for _ in own] for own in lanes]
 
-    @torch.inference_mode()
-    def _forward(self, sequence: Sequence, *, wants: Wants) -> torch.Tensor:
-        span = _span(sequence)
-        self._experts.wants = wants
-        self._experts.spans = (span,)
-        self._experts.is_prompt = sequence.is_prompt
-        self._experts.next_spans = _next_chunk(sequence, span)
-        # A prompt has no forecast, so it would only blur what the forecasts are worth.
-        self._experts.tallies = () if sequence.is_prompt else (sequence.decode_tally, self._total)
-        output = self._model(
-            input_ids=torch.tensor([sequence.fresh_ids], device=self._model.device),
-            past_key_values=sequence.cache,
-            use_cache=True,
-            logits_to_keep=1,
+    def take(self, sequence: Sequence, rows: Batch[torch.Tensor]) -> None:
+        """Let a sequence take what a step brought it, and count and trace what that was."""
+        num_drafts, lanes = len(sequence.draft_ids), sequence.lanes
+        kept = sequence.take(rows)
+        for tally in (sequence.decode_tally, self._total):
+            tally.drafted += num_drafts
+            tally.accepted += kept - 1
+        if self._trace is not None:
+            for lane in lanes[:kept]:
+                for routed in lane.routed:
+                    self._trace(routed)
+
+    def draft(self, sequence: Sequence, *, most: int) -> None:
+        """Take up to so many of the shadow's guesses for what follows the newest token, as far as they are known now."""
+        most = min(most, sequence.draft_room)
+        if most <= 0:
+            return
+        said = self._cluster.drafts(
+            sequence.sequence_id, sequence.position + 1, most, behind=sequence.fresh_ids[0]
         )
-        sequence.advance()
-        logits_V: torch.Tensor = output.logits[0, -1]
-        return logits_V
+        sequence.draft_ids = list(said)
 
     def _align(self, sequence: Sequence) -> Wants:
         """Send the predictor what `align` decides is due for the step; what it wants while the step runs."""
@@ -95,16 +104,47 @@ class Stepper:
         return due.wants
 
 
+def _lanes(sequence: Sequence, *, wants: Wants) -> list[Lane]:
+    """What the step runs of a sequence."""
+    if sequence.is_prompt:
+        span = _span(sequence)
+        sequence.lanes = [
+            Lane(
+                sequence=sequence.sequence_id,
+                position=sequence.position,
+                ids=sequence.fresh_ids,
+                cache=sequence.cache,
+                is_prompt=True,
+                next_span=_next_chunk(sequence, span),
+                wants=wants,
+            )
+        ]
+        return sequence.lanes
+    sequence.lanes = [
+        Lane(
+            sequence=sequence.sequence_id,
+            position=position,
+            ids=[token_id],
+            cache=sequence.cache,
+            wants=wants,
+            tallies=(sequence.decode_tally,),
+            alpha=sequence.alpha,
+        )
+        for position, token_id in enumerate([*sequence.fresh_ids, *sequence.draft_ids], sequence.position)
+    ]
+    return sequence.lanes
+
+
 def _span(sequence: Sequence) -> Span:
-    """What the next step takes."""
+    """The fresh tokens of the next step."""
     return Span(sequence.sequence_id, sequence.position, len(sequence.fresh_ids))
 
 
-def _next_chunk(sequence: Sequence, span: Span) -> tuple[Span, ...]:
+def _next_chunk(sequence: Sequence, span: Span) -> Span | None:
     """What the step after the one of `span` takes of the prompt."""
     position = span.position + span.length
     length = len(sequence.chunk_at(position))
-    return (Span(span.sequence, position, length),) if length else ()
+    return Span(span.sequence, position, length) if length else None
 
 
 def _fresh_for_shadow(sequence: Sequence) -> list[int]:

@@ -1,151 +1,113 @@
-"""POST /v1/chat/completions: from a checked request to a generation, and back as a body or a stream.
+"""POST /v1/chat/completions: from a checked request to generations. The other conversations' APIs use it, too.
 
-Knows the engine's interface, the text codec and the order of checks (cheap ones first, nothing is tokenised for a
-server that cannot answer). Does not know sampling, queues or nodes.
+Knows the text codec and the order of checks (cheap ones first, nothing is tokenised for a server that cannot answer).
+Does not know sampling, queues or nodes, nor how an answer is written.
 """
 
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from odmoe_server.answering import Answerer
 from odmoe_server.catalog import Catalog
-from odmoe_server.engine_api import Engine, GenerationRequest, NotReady, Sampling
-from odmoe_server.generation import Ending, Piece, generate_text
-from odmoe_server.metrics import Meter, Metrics
-from odmoe_server.openai import render
-from odmoe_server.openai.errors import SHUTTING_DOWN, ContextTooLong, InvalidRequest
+from odmoe_server.engine_api import GenerationRequest
+from odmoe_server.generation import Job
+from odmoe_server.openai.chat_dialect import ChatDialect
+from odmoe_server.openai.generating import Generating, seeded
+from odmoe_server.openai.render import Extras, Letterhead
 from odmoe_server.openai.schemas import ChatRequest
-from odmoe_server.sse import CLIENT_GONE_STATUS, KEEP_ALIVE, ClientGone, EventStream, Pull, unless_client_leaves
-from odmoe_server.text import TextCodec, TextError
+from odmoe_server.openai.structured import schema_of
+from odmoe_server.openai.tools_format import ToolFormat
+from odmoe_server.openai.tools_kit import ToolKit
+from odmoe_server.openai.tools_messages import for_template
 
-log = logging.getLogger(__name__)
 
-# How long an answer's headers wait for the engine to say that the request is refused. It says so at once.
-ADMISSION_S = 0.1
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A chat request that can be answered: what to generate, and how calls are written in it, if there may be any."""
+
+    jobs: tuple[Job, ...]
+    form: ToolFormat | None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the conversation."""
+        return len(self.jobs[0].request.prompt_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatService:
-    """Answers chat requests. `keep_alive_s` is the longest silence in a stream."""
+    """Answers chat requests."""
 
-    engine: Engine
-    text: TextCodec
+    answerer: Answerer
     catalog: Catalog
-    metrics: Metrics
-    keep_alive_s: float
+    kit: ToolKit
 
     async def answer(self, chat: ChatRequest, *, request: Request) -> Response:
         """The response, or an exception from the error table. `request` tells whether the client is still there."""
+        head = letterhead("chatcmpl", chat.model, catalog=self.catalog, request=request)
+        prepared = await self.prepare(chat, answer_id=head.id, tenant=tenant(request))
+        dialect = ChatDialect(
+            head,
+            extras=Extras.asked(chat, prompt_tokens=prepared.num_prompt_tokens),
+            text=self.answerer.text,
+            with_logprobs=chat.num_top_logprobs is not None,
+            form=prepared.form,
+        )
+        return await self.answerer.answer(prepared.jobs, dialect=dialect, stream=bool(chat.stream), request=request)
+
+    async def prepare(self, chat: ChatRequest, *, answer_id: str, tenant: str) -> Prepared:
+        """Everything up to the generations. Raises what the error table has."""
         self.catalog.check(chat.model)
-        health = self.engine.health()
-        if health.state != "ready":
-            raise NotReady(f"The server is not ready: {health.detail}")
-        meter = Meter(self.metrics)
-        # Not the client's request id, which may come twice.
-        answer_id = request.state.answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        generation = self._generate(await self._generation_request(chat, answer_id), chat=chat, meter=meter)
-        head = render.Letterhead(
-            id=answer_id,
-            created=int(time.time()),
-            model=chat.model,
-            system_fingerprint=self.catalog.fingerprint,
+        chat.check(self.answerer.limits)
+        self.answerer.check_ready(num_answers=chat.n or 1)
+        options = chat.tool_options
+        sampling = replace(
+            chat.sampling(self.catalog.sampling, vocab_size=self.answerer.text.vocab_size),
+            constraint=await self.kit.constraint(options, schema=schema_of(chat.response_format)),
         )
-        if chat.stream:
-            return await self._stream(generation, head, include_usage=chat.wants_usage)
-        return await self._whole(generation, head, request)
-
-    def _generate(
-        self, request: GenerationRequest, *, chat: ChatRequest, meter: Meter
-    ) -> AsyncGenerator[Piece | Ending, None]:
-        return generate_text(
-            self.engine, request, detokeniser=self.text.detokeniser(), stops=chat.stop or (), meter=meter
-        )
-
-    async def _generation_request(self, chat: ChatRequest, answer_id: str) -> GenerationRequest:
-        messages = [{"role": message.role, "content": message.text()} for message in chat.messages]
-        try:
-            prompt_ids = await self.text.prompt_ids(messages)
-        except TextError as error:
-            raise InvalidRequest(str(error), param="messages") from error
-        room = self.engine.context_length - len(prompt_ids)
-        if room < 1:
-            raise ContextTooLong(
-                f"This model's maximum context length is {self.engine.context_length} tokens. However, your messages"
-                f" resulted in {len(prompt_ids)} tokens, which leaves no room for an answer. Please shorten them.",
-                param="messages",
+        prompt_ids = await self.prompt_ids(chat)
+        max_tokens = self.answerer.room(prompt_ids, wanted=chat.token_limit, param="messages")
+        jobs = [
+            job(
+                chat,
+                GenerationRequest(
+                    request_id=f"{answer_id}-{number}",
+                    prompt_ids=prompt_ids,
+                    max_tokens=max_tokens,
+                    sampling=seeded(sampling, number=number),
+                    tenant=tenant,
+                    alpha=chat.expert_substitution,
+                ),
             )
-        return GenerationRequest(
-            request_id=answer_id,
-            prompt_ids=prompt_ids,
-            max_tokens=min(chat.token_limit or room, room),
-            sampling=self._sampling(chat),
-        )
+            for number in range(chat.n or 1)
+        ]
+        return Prepared(jobs=tuple(jobs), form=await self.kit.form() if options.callable else None)
 
-    def _sampling(self, chat: ChatRequest) -> Sampling:
-        default = self.catalog.sampling
-        return Sampling(
-            temperature=default.temperature if chat.temperature is None else chat.temperature,
-            top_p=default.top_p if chat.top_p is None else chat.top_p,
-            seed=chat.seed,
-            ignore_eos=bool(chat.ignore_eos),
-        )
-
-    async def _whole(
-        self, generation: AsyncGenerator[Piece | Ending, None], head: render.Letterhead, request: Request
-    ) -> Response:
-        try:
-            text, ending = await unless_client_leaves(_collect(generation), receive=request.receive)
-        except ClientGone:
-            return Response(status_code=CLIENT_GONE_STATUS)
-        return Response(render.body(head, text=text, ending=ending), media_type="application/json")
-
-    async def _stream(
-        self, generation: AsyncGenerator[Piece | Ending, None], head: render.Letterhead, *, include_usage: bool
-    ) -> EventStream:
-        parts = Pull(generation)
-        try:
-            first = await parts.next(within_s=ADMISSION_S)
-        except BaseException:
-            await parts.aclose()
-            raise
-        writer = render.ChunkWriter(head, include_usage=include_usage)
-        return EventStream(
-            self._events(parts, first=first, writer=writer),
-            close=parts.aclose,
-            farewell=render.error_event(NotReady(SHUTTING_DOWN)),
-        )
-
-    async def _events(
-        self, parts: Pull[Piece | Ending], *, first: Piece | Ending | None, writer: render.ChunkWriter
-    ) -> AsyncGenerator[bytes, None]:
-        part = first
-        try:
-            while True:
-                if part is None:
-                    yield KEEP_ALIVE
-                else:
-                    for event in writer.write(part):
-                        yield event
-                    if isinstance(part, Ending):
-                        return
-                part = await parts.next(within_s=self.keep_alive_s)
-        except Exception as error:  # the headers are out: the stream itself must say what happened
-            log.exception("the stream of %s broke off", writer.head.id)
-            yield render.error_event(error)
+    async def prompt_ids(self, chat: ChatRequest) -> tuple[int, ...]:
+        """Token ids of the conversation, its tools told in it. Raises InvalidRequest."""
+        return await self.kit.prompt_ids(for_template(chat.messages), offered=chat.tool_options.offered)
 
 
-async def _collect(generation: AsyncGenerator[Piece | Ending, None]) -> tuple[str, Ending]:
-    text: list[str] = []
-    try:
-        async for part in generation:
-            if isinstance(part, Ending):
-                return "".join(text), part
-            text.append(part.text)
-    finally:
-        await generation.aclose()
-    raise AssertionError("a generation ends with an Ending or an exception")
+def letterhead(prefix: str, model: str, *, catalog: Catalog, request: Request) -> Letterhead:
+    """For a new answer, whose id is not the client's request id, which may come twice."""
+    answer_id = request.state.answer_id = f"{prefix}-{uuid.uuid4().hex}"
+    return Letterhead(id=answer_id, created=int(time.time()), model=model, system_fingerprint=catalog.fingerprint)
+
+
+def tenant(request: Request) -> str:
+    """Whose request it is; of a server without keys, everyone's."""
+    return str(getattr(request.state, "tenant", ""))
+
+
+def job(asked: Generating, generation: GenerationRequest) -> Job:
+    """One generation, its text shown as the request wants it."""
+    return Job(
+        request=generation,
+        stops=asked.stop or (),
+        include_stop=bool(asked.include_stop_str_in_output),
+        skip_special_tokens=asked.skip_special_tokens is not False,
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from odmoe_server.engine_api import GenerationFailed, NotReady, QueueFull
+from odmoe_server.pump import NotBegun, NotEnded
 
 NOT_READY_RETRY_S = 5
 SHUTTING_DOWN = "The server is shutting down."
@@ -61,6 +62,10 @@ class UnknownModel(RequestError):
     """A model name that is not served here."""
 
 
+class UnknownResponse(RequestError):
+    """A response that is not kept here."""
+
+
 class UnknownRoute(RequestError):
     """No such address."""
 
@@ -88,6 +93,7 @@ TABLE: Mapping[type[Exception], Row] = {
     ContextTooLong: Row(400, _CLIENT, "context_length_exceeded"),
     BadKey: Row(401, _CLIENT, "invalid_api_key"),
     UnknownModel: Row(404, _CLIENT, "model_not_found"),
+    UnknownResponse: Row(404, _CLIENT, "response_not_found"),
     UnknownRoute: Row(404, _CLIENT, "unknown_url"),
     WrongMethod: Row(405, _CLIENT, "method_not_allowed"),
     BodyTooSlow: Row(408, _CLIENT, "request_timeout"),
@@ -95,6 +101,8 @@ TABLE: Mapping[type[Exception], Row] = {
     QueueFull: Row(429, "rate_limit_error", "queue_full"),
     GenerationFailed: Row(500, "server_error", "generation_failed"),
     NotReady: Row(503, "server_error", "not_ready"),
+    NotBegun: Row(503, "server_error", "queue_timeout"),
+    NotEnded: Row(504, "server_error", "generation_timeout"),
 }
 _ANY_OTHER = Row(500, "server_error", "internal_error")
 
@@ -121,7 +129,7 @@ def _headers(error: Exception) -> dict[str, str]:
     match error:
         case QueueFull():
             return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-        case NotReady():
+        case NotReady() | NotBegun():
             return {"retry-after": str(NOT_READY_RETRY_S)}
         case BadKey():
             return {"www-authenticate": "Bearer"}

@@ -5,69 +5,78 @@ which says what we do anyway. Knows names and values; does not know pydantic.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from odmoe_server.openai.errors import UnsupportedParameter
 
 Neutral = tuple[Any, ...]
 
-# Field -> the values that change nothing. Null is always one of them.
-CHAT_FIELDS: Mapping[str, Neutral] = {
-    "audio": (),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),  # speaks of tools only, and there are none
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    # vLLM, SGLang and llama.cpp
-    "add_generation_prompt": (True,),
+# Field -> the values that change nothing. Null is always one of them. These are vLLM's, SGLang's and llama.cpp's,
+# refused wherever text is generated.
+_EXTENSIONS: Final[Mapping[str, Neutral]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "cache_salt": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
+    "ebnf": (),
     "grammar": (),
     "guided_choice": (),
+    "guided_decoding_backend": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_reasoning": (),
-    "include_stop_str_in_output": (False,),
+    "guided_whitespace_pattern": (),
     "json_schema": (),
+    "kv_transfer_params": (),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
+    "logits_processors": ([],),
+    "lora_path": (),
     "priority": (0,),
     "prompt_logprobs": (),
     "regex": (),
-    "repetition_penalty": (1,),
+    "repetition_detection": (),
+    "request_id": (),  # the header x-request-id is taken
+    "return_routed_experts": (False,),
     "return_token_ids": (False,),
-    "skip_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "structured_outputs": (),
-    "top_k": (-1, 0),
+    "thinking_token_budget": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+
+CHAT_FIELDS: Mapping[str, Neutral] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "include_reasoning": (),
+    "mm_processor_kwargs": ({},),
+    **_EXTENSIONS,
+}
+
+COMPLETION_FIELDS: Mapping[str, Neutral] = {
+    "best_of": (1,),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    **_EXTENSIONS,
 }
 
 STREAM_OPTION_FIELDS: Mapping[str, Neutral] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
 
@@ -78,8 +87,6 @@ MESSAGE_FIELDS: Mapping[str, Neutral] = {
     "reasoning": (),
     "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 

@@ -1,31 +1,24 @@
-"""How a generation is written: one JSON body, or server-sent events. Knows OpenAI's answer shapes only.
+"""What all answers of the OpenAI dialect have in common: letterhead, usage, reports, events. Knows JSON shapes only.
 
-Does not wait, read clocks or know sockets; `sse` does the waiting.
+Does not wait, read clocks or know sockets. Answers are plain dicts, since a stream writes thousands a second;
+`answers` has their schemas, which tests hold them to.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from odmoe_server.generation import Ending, Piece
+import msgspec
+
+from odmoe_server.engine_api import ExpertStats
+from odmoe_server.generation import Ending
 from odmoe_server.openai.errors import problem_of
-from odmoe_server.openai.schemas import (
-    AssistantMessage,
-    ChatChunk,
-    ChatCompletion,
-    Choice,
-    ChunkChoice,
-    CompletionTokensDetails,
-    Delta,
-    FinishReason,
-    PromptTokensDetails,
-    Usage,
-)
+from odmoe_server.openai.generating import Generating
 
 DONE = b"data: [DONE]\n\n"
 # JSON may hold these as they are, but clients that cut a stream into lines by Unicode's rules would cut here.
-_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+LINE_BREAKS = {char.encode(): f"\\u{ord(char):04x}".encode() for char in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,64 +30,126 @@ class Letterhead:
     model: str
     system_fingerprint: str
 
-    def fields(self) -> dict[str, Any]:
-        """As keyword arguments of an answer."""
+    def fields(self, kind: str) -> dict[str, Any]:
+        """The beginning of an object of this kind."""
         return {
             "id": self.id,
+            "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
         }
 
 
-def body(head: Letterhead, *, text: str, ending: Ending) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What else a client wants to hear. `num_each` answers belong to each prompt, `prompt_tokens` are all prompts'."""
+
+    prompt_tokens: int
+    num_each: int = 1
+    usage: bool = False
+    usage_always: bool = False
+    metrics: bool = False
+    expert_stats: bool = False
+
+    @classmethod
+    def asked(cls, asked: Generating, *, prompt_tokens: int) -> "Extras":
+        """As a request has it."""
+        return cls(
+            prompt_tokens=prompt_tokens,
+            num_each=asked.n or 1,
+            usage=asked.wants_usage,
+            usage_always=asked.wants_usage_always,
+            metrics=bool(asked.return_metrics),
+            expert_stats=bool(asked.return_expert_stats),
+        )
+
+    def reports(self, endings: Sequence[Ending]) -> dict[str, Any]:
+        """The objects that come only where they were asked for."""
+        found: dict[str, Any] = {}
+        if self.metrics:
+            found["metrics"] = metrics(endings)
+        if self.expert_stats:
+            found["expert_stats"] = expert_stats(endings)
+        return found
+
+    def total_usage(self, endings: Sequence[Ending]) -> dict[str, Any]:
+        """Token counts of the whole answer; the answers to one prompt share it."""
+        counts = usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=sum(ending.completion_tokens for ending in endings),
+            cached_tokens=sum(ending.cached_tokens for ending in endings[:: self.num_each]),
+        )
+        return {**counts, **substitutions(endings)}
+
+
+def usage(*, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
+    """Token counts; no reasoning is hidden."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def substitutions(endings: Sequence[Ending]) -> dict[str, Any]:
+    """Answers that were served with experts in others' place say so; the others have no such object."""
+    count = sum(ending.substituted.count for ending in endings)
+    out_of = sum(ending.substituted.out_of for ending in endings)
+    return {"expert_substitutions": {"count": count, "share": count / out_of}} if count else {}
+
+
+def metrics(endings: Sequence[Ending]) -> dict[str, Any]:
+    """How long the answers took, which ran side by side."""
+    times = [ending.times for ending in endings]
+    answer_s = max(time.answer_s for time in times)
+    gaps = sum(max(time.num_tokens - 1, 0) for time in times)
+    queued = [ending.queue_s for ending in endings if ending.queue_s is not None]
+    return {
+        "time_to_first_token_ms": 1000 * min(time.first_token_s for time in times),
+        "generation_time_ms": 1000 * answer_s,
+        "queue_time_ms": 1000 * min(queued) if queued else None,
+        "mean_itl_ms": 1000 * sum(time.answer_s for time in times) / gaps if gaps else None,
+        "tokens_per_second": gaps / answer_s if gaps and answer_s else None,
+    }
+
+
+def expert_stats(endings: Sequence[Ending]) -> dict[str, Any] | None:
+    """All answers' together; null if stop strings ended them all, so that the engine was not asked."""
+    known = [ending.expert_stats for ending in endings if ending.expert_stats is not None]
+    if not known:
+        return None
+    counts = ("activations", "predicted", "hit", "late", "missed", "substituted", "drafted", "accepted")
+    return {
+        **{name: sum(getattr(stats, name) for stats in known) for name in counts},
+        "wait_ms": 1000 * _sum_s(known, "wait_s"),
+        "stall_ms": 1000 * _sum_s(known, "stall_s"),
+    }
+
+
+def _sum_s(known: Sequence[ExpertStats], name: str) -> float:
+    return float(sum(getattr(stats, name) for stats in known))
+
+
+def finish(ending: Ending) -> dict[str, Any]:
+    """Why an answer ended, as a choice has it."""
+    why: dict[str, Any] = {"finish_reason": ending.reason}
+    return why if ending.stopped_by is None else {**why, "stop_reason": ending.stopped_by}
+
+
+def to_json(body: dict[str, Any]) -> bytes:
     """A whole answer."""
-    message = AssistantMessage(role="assistant", content=text, refusal=None)
-    choice = Choice(index=0, message=message, logprobs=None, finish_reason=ending.reason)
-    completion = ChatCompletion(**head.fields(), object="chat.completion", choices=[choice], usage=usage(ending))
-    return completion.model_dump_json().encode()
+    return msgspec.json.encode(body)
 
 
-def usage(ending: Ending) -> Usage:
-    """Token counts; nothing is cached between requests yet, and no reasoning is hidden."""
-    return Usage(
-        prompt_tokens=ending.prompt_tokens,
-        completion_tokens=ending.completion_tokens,
-        total_tokens=ending.prompt_tokens + ending.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
-    )
-
-
-class ChunkWriter:
-    """The events of one streamed answer: the role once, text, one finish reason, usage if asked, [DONE]."""
-
-    def __init__(self, head: Letterhead, *, include_usage: bool) -> None:
-        self.head = head
-        self._include_usage = include_usage
-        self._begun = False
-
-    def write(self, part: Piece | Ending) -> Iterator[bytes]:
-        """The events for one part of the answer."""
-        if not self._begun:
-            self._begun = True
-            yield self._choice(Delta(role="assistant", content=""))
-        if isinstance(part, Piece):
-            if part.text:
-                yield self._choice(Delta(content=part.text))
-            return
-        yield self._choice(Delta(), finish_reason=part.reason)
-        if self._include_usage:
-            yield self._event(choices=[], usage=usage(part))
-        yield DONE
-
-    def _choice(self, delta: Delta, *, finish_reason: FinishReason | None = None) -> bytes:
-        return self._event(choices=[ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)])
-
-    def _event(self, **fields: Any) -> bytes:
-        chunk = ChatChunk(**self.head.fields(), object="chat.completion.chunk", **fields)
-        line = chunk.model_dump_json(exclude_unset=True).translate(_LINE_BREAKS)
-        return b"data: " + line.encode() + b"\n\n"
+def event(chunk: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    line = msgspec.json.encode(chunk)
+    for char, escaped in LINE_BREAKS.items():
+        line = line.replace(char, escaped)
+    return b"data: " + line + b"\n\n"
 
 
 def error_event(error: Exception) -> bytes:

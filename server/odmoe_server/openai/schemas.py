@@ -1,45 +1,21 @@
-"""Bodies of requests and answers, as pydantic models. Knows shapes and ranges; not models, engines or sockets.
+"""Bodies of requests, as pydantic models. Knows shapes and ranges; not models, engines or sockets."""
 
-Requests are strict: types are not converted, unknown fields are refused. Answers are written with
-`exclude_unset`, so that a field shows only where it was given.
-"""
+from typing import Annotated, Any, Literal, Self
 
-from typing import Annotated, Any, Literal
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from odmoe_server.limits import ServiceLimits
+from odmoe_server.openai.body import Body
+from odmoe_server.openai.errors import InvalidRequest, UnsupportedParameter
+from odmoe_server.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, without_neutral
+from odmoe_server.openai.generating import MAX_TOP_LOGPROBS, Generating, check_choices
+from odmoe_server.openai.structured import ResponseFormat, schema_of
+from odmoe_server.openai.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolOptions
 
-from odmoe_server.openai.errors import (
-    InvalidRequest,
-    MalformedBody,
-    RequestError,
-    UnknownParameter,
-    UnsupportedParameter,
-)
-from odmoe_server.openai.fields import CHAT_FIELDS, MESSAGE_FIELDS, STREAM_OPTION_FIELDS, without_neutral
-
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1000
-_INT64 = 2**63
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for text completions
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-# ------------------------------------------------------------------------------------------------------- requests
-
-
-class TextPart(_Body):
+class TextPart(Body):
     """A piece of a message."""
 
     type: Literal["text"]
@@ -50,50 +26,59 @@ def _kind_of_content(content: Any) -> str:
     return "(parts)" if isinstance(content, list) else "(text)"
 
 
-# The tags show up in pydantic's error locations; the brackets let `_param` tell them from field names.
+# The tags show up in pydantic's error locations; the brackets let `body._param` tell them from field names.
 Content = Annotated[
     Annotated[str, Tag("(text)")] | Annotated[tuple[TextPart, ...], Field(min_length=1, strict=False), Tag("(parts)")],
     Discriminator(_kind_of_content),
 ]
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: str | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(strict=False)] | None = None
+    tool_call_id: str | None = None
 
     def text(self) -> str:
         """The content as one string; parts are lines of their own."""
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
+    @model_validator(mode="after")
+    def _tools_where_they_belong(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only messages of role 'assistant' have 'tool_calls'")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("messages of role 'tool', and no others, have a 'tool_call_id'")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("'content' is missing")
+        return self
 
-class StreamOptions(_Body):
-    """What a stream carries besides the text."""
 
-    include_usage: bool | None = None
+Messages = Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
 
 
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+def _check_number(messages: tuple[ChatMessage, ...], limits: ServiceLimits) -> None:
+    if len(messages) > limits.max_messages:
+        raise InvalidRequest(f"This server takes at most {limits.max_messages} messages.", param="messages")
 
 
-class ChatRequest(_Body):
+class ChatRequest(Generating):
     """Body of POST /v1/chat/completions."""
 
-    model: str
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
-    stop: Annotated[tuple[Stop, ...], Field(max_length=MAX_STOPS, strict=False)] | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    ignore_eos: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     # Accepted because they do not touch the answer.
-    user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -102,47 +87,70 @@ class ChatRequest(_Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop_is_a_list(cls, stop: Any) -> Any:
-        return [stop] if isinstance(stop, str) else stop
-
     @property
     def token_limit(self) -> int | None:
         """The most tokens the client wants; the newer field wins."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def num_top_logprobs(self) -> int | None:
+        """See `Generating`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self, limits: ServiceLimits) -> None:
+        """See `Generating`."""
+        super().check(limits)
+        _check_number(self.messages, limits)
+        check_choices(self.n, limits=limits)
+        self._check_form()
+
+    @property
+    def tool_options(self) -> ToolOptions:
+        """The tools and which of them may or must be called. Raises InvalidRequest if they do not fit together."""
+        choice = self.tool_choice or "auto"
+        return ToolOptions(
+            tools=self.tools or (), choice=choice, parallel=self.parallel_tool_calls is not False
+        ).check()
+
+    def _check_form(self) -> None:
+        """What does not go with an answer of a given form. Raises InvalidRequest."""
+        offered = self.tool_options.offered
+        if self.logprobs and offered:
+            raise UnsupportedParameter("'logprobs' together with 'tools' is not supported.", param="logprobs")
+        if not offered and schema_of(self.response_format) is None:
+            return
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise InvalidRequest(f"'{name}' contradicts the end of a call or of JSON.", param=name)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_by_name(cls, body: Any) -> Any:
         body = without_neutral(body, not_yet=CHAT_FIELDS)
-        if not isinstance(body, dict):
-            return body
-        options = without_neutral(body.get("stream_options"), not_yet=STREAM_OPTION_FIELDS, where="stream_options.")
-        messages = body.get("messages")
-        if isinstance(messages, list):
-            body["messages"] = [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        return {**body, "stream_options": options}
+        return _with_checked_messages(body)
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> "ChatRequest":
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
         return self
+
+
+def _with_checked_messages(body: Any) -> Any:
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not isinstance(messages, list):
+        return body
+    return {**body, "messages": [_checked_message(message, f"messages[{i}]") for i, message in enumerate(messages)]}
 
 
 def _checked_message(message: Any, where: str) -> Any:
     message = without_neutral(message, not_yet=MESSAGE_FIELDS, where=f"{where}.")
     if not isinstance(message, dict):
         return message
-    if message.get("role") in ("tool", "function"):
+    if message.get("role") == "function":
         raise UnsupportedParameter(
-            f"Messages of role '{message['role']}' are not supported by this server.", param=f"{where}.role"
+            "Messages of role 'function' are not supported by this server, only the newer 'tool'.",
+            param=f"{where}.role",
         )
     content = message.get("content")
     for i, part in enumerate(content if isinstance(content, list) else []):
@@ -155,153 +163,121 @@ def _checked_message(message: Any, where: str) -> Any:
     return message
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Reads a request body; everything wrong with it is a `RequestError` which names the field."""
-    try:
-        return ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise _first_problem(error) from None
+# One prompt or several; each a text or tokens.
+Prompt = str | tuple[int, ...]
 
 
-def _first_problem(error: ValidationError) -> RequestError:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    param = _param(problem["loc"])
-    if problem["type"] == "json_invalid":
-        return MalformedBody(f"The request body is not valid JSON: {problem['ctx']['error']}.")
-    if not problem["loc"]:
-        return MalformedBody("The request body must be a JSON object.")
-    if problem["type"] == "extra_forbidden":
-        return UnknownParameter(
-            f"Unrecognized request argument supplied: '{param}'. This server refuses fields it does not know, also"
-            " those which an SDK sends as extra_body, rather than ignore them.",
-            param=param,
-        )
-    return InvalidRequest(f"Invalid value for '{param}': {problem['msg']}.", param=param)
+class CompletionRequest(Generating):
+    """Body of POST /v1/completions. `prompt` is a text, a list of texts, tokens, or a list of lists of tokens."""
+
+    prompt: Annotated[
+        str
+        | Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+        | Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+        | Annotated[
+            tuple[Annotated[tuple[int, ...], Field(min_length=1, strict=False)], ...],
+            Field(min_length=1, strict=False),
+        ],
+        Field(union_mode="left_to_right"),
+    ]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """One or several."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+    @property
+    def token_limit(self) -> int:
+        """See `Generating`."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """See `Generating`."""
+        return self.logprobs
+
+    def check(self, limits: ServiceLimits) -> None:
+        """See `Generating`."""
+        super().check(limits)
+        check_choices(self.n, num_prompts=len(self.prompts), limits=limits)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "prompt" in body:
+            _check_prompt(body["prompt"])
+        return without_neutral(body, not_yet=COMPLETION_FIELDS)
+
+    @model_validator(mode="after")
+    def _no_logprobs_of_the_prompt(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise UnsupportedParameter(
+                "'echo' together with 'logprobs' is not supported by this server: it has no log probabilities of the"
+                " prompt.",
+                param="echo",
+            )
+        return self
 
 
-def _param(location: tuple[int | str, ...]) -> str:
-    """Pydantic's location as OpenAI writes it: messages[0].content[1].text"""
-    param = ""
-    for step in location:
-        if isinstance(step, int):
-            param += f"[{step}]"
-        elif not step.startswith("("):
-            param += f".{step}" if param else step
-    return param
+def _check_prompt(prompt: Any) -> None:
+    """One complaint of ours, where pydantic would have one for each of the four forms."""
+    if isinstance(prompt, str):
+        return
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(item, str) for item in prompt) or _are_ids(prompt):
+            return
+        if all(isinstance(item, list) and item and _are_ids(item) for item in prompt):
+            return
+    raise InvalidRequest(
+        "'prompt' must be a text, a list of texts, a list of token ids, or a list of lists of token ids; none of them"
+        " empty.",
+        param="prompt",
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- answers
-
-FinishReason = Literal["stop", "length"]
-
-
-class PromptTokensDetails(BaseModel):
-    """Prompt tokens that were not computed anew."""
-
-    cached_tokens: int
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int and item >= 0 for item in items)
 
 
-class CompletionTokensDetails(BaseModel):
-    """Tokens of the answer that are not shown."""
+class TokenizeRequest(Body):
+    """Body of POST /tokenize, in vLLM's words (`prompt` or `messages`) or llama.cpp's (`content`)."""
 
-    reasoning_tokens: int
-
-
-class Usage(BaseModel):
-    """Token counts of one answer."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
-
-
-class AssistantMessage(BaseModel):
-    """The answer."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class Choice(BaseModel):
-    """One answer, whole."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(BaseModel):
-    """Body of an answer that is not streamed."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    """What a chunk adds to the answer."""
-
-    role: Literal["assistant"] | None = None
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
     content: str | None = None
+    add_special: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, body: Any) -> Any:
+        return _with_checked_messages(body)
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        given = [name for name in ("prompt", "messages", "content") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(
+                "Give one of 'prompt', 'messages' and 'content'.", param=given[-1] if given else "prompt"
+            )
+        for option, belongs_to in _OPTION_OF.items():
+            if getattr(self, option) and belongs_to != given[0]:
+                raise InvalidRequest(f"'{option}' goes with '{belongs_to}', not with '{given[0]}'.", param=option)
+        return self
 
 
-class ChunkChoice(BaseModel):
-    """One answer's share of a chunk."""
-
-    index: int
-    delta: Delta
-    logprobs: None
-    finish_reason: FinishReason | None
+_OPTION_OF = {"add_special_tokens": "prompt", "add_generation_prompt": "messages", "add_special": "content"}
 
 
-class ChatChunk(BaseModel):
-    """One event of a stream."""
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize, in both dialects."""
 
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class Model(BaseModel):
-    """One name a model is served under; `root` is the name it goes back to."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    """Body of GET /v1/models."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Body of every answer that is not a success."""
-
-    error: ErrorDetail
+    model: str | None = None
+    tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]

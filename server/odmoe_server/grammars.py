@@ -1,0 +1,134 @@
+"""Grammars that an answer must follow, for one tokenizer. Knows llguidance; knows neither HTTP nor tools nor schemas.
+
+llguidance, because it works with any fast tokenizer from its JSON alone, needs no other package (xgrammar brings triton
+and a runtime of its own), says of a schema what it cannot enforce in place of ignoring it, and works lazily under a
+budget of steps: a grammar made to hurt is refused or ends one answer, within milliseconds (outlines-core builds the
+whole automaton first).
+
+V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from odmoe_server.engine_api import GenerationFailed
+
+# Steps of work, not time, so that the same grammar passes or fails on every machine. Half a second and 50 ms at the
+# speeds llguidance states.
+_LIMITS: Final = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+# What compiles beside one another; the rest waits its turn.
+_MOST_COMPILING: Final = 2
+
+Allow = Callable[[Sequence[int], Tensor], Tensor]
+
+
+class GrammarError(ValueError):
+    """The grammar cannot be enforced; the message says why."""
+
+
+class Grammars:
+    """Compiles grammars. `end_ids` are the tokens that end an answer; the first use prepares the vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer, *, end_ids: Sequence[int]) -> None:
+        self._source = tokenizer
+        self._end_ids = list(end_ids)
+        self._few_at_a_time = anyio.CapacityLimiter(_MOST_COMPILING)
+
+    async def compile(self, grammar: str, *, trigger: str = "") -> "GrammarConstraint":
+        """`grammar` (llguidance's notation) from the answer's beginning, or from where `trigger` has been written; up
+        to there everything goes. Raises `GrammarError`. Works in a thread, without the interpreter's lock."""
+        return await anyio.to_thread.run_sync(
+            functools.partial(self.compile_now, grammar, trigger=trigger), limiter=self._few_at_a_time
+        )
+
+    def compile_now(self, grammar: str, *, trigger: str = "") -> "GrammarConstraint":
+        """`compile`, on the caller's thread."""
+        if not self._end_ids:
+            raise GrammarError("this model has no token that ends an answer")
+        matcher = LLMatcher(self._vocabulary, grammar, limits=_LIMITS, log_level=0)
+        if not matcher.is_error():
+            matcher.deep_copy().compute_bitmask()  # what cannot even begin shows here
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error().strip())
+        return GrammarConstraint(matcher, self._vocabulary, trigger=trigger.encode())
+
+    @functools.cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        plain = Tokenizer.from_str(self._source.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        return LLTokenizer(plain.to_str(), eos_token=self._end_ids)
+
+
+@dataclass(frozen=True)
+class GrammarConstraint:
+    """A compiled grammar: a `Constraint` of the engine, shared by all choices of a request."""
+
+    matcher: LLMatcher
+    vocabulary: LLTokenizer
+    trigger: bytes = b""
+
+    def start(self) -> Allow:
+        """See Constraint."""
+        return _Follower(self.matcher.deep_copy(), self.vocabulary, trigger=self.trigger)
+
+
+class _Follower:
+    """Follows one answer. Before the trigger nothing is forbidden and nothing is computed."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, *, trigger: bytes) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._trigger = trigger
+        self._free = bool(trigger)
+        self._tail = b""
+
+    def __call__(self, answer_ids: Sequence[int], scores_V: Tensor) -> Tensor:
+        """scores_V with what the grammar forbids behind `answer_ids` at -inf. Raises `GenerationFailed` if the grammar
+        turns out to be too much work."""
+        if answer_ids and self._free:
+            self._look_for_trigger(answer_ids[-1])
+        elif answer_ids:
+            self._matcher.consume_token(answer_ids[-1])
+        if self._free:
+            return scores_V
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise GenerationFailed(f"The answer's grammar could not be followed: {self._matcher.get_error().strip()}")
+        return _masked(scores_V, mask)
+
+    def _look_for_trigger(self, token_id: int) -> None:
+        written = self._tail + self._vocabulary.decode_bytes([token_id])
+        _, found, beyond = written.partition(self._trigger)
+        self._tail = written[-len(self._trigger) + 1 :] if len(self._trigger) > 1 else b""
+        if found:
+            # The token may have gone on behind the trigger. If not as the grammar wants, it was no trigger.
+            tokens = self._vocabulary.tokenize_bytes(beyond)
+            self._free = self._matcher.validate_tokens(tokens) < len(tokens)
+            if not self._free:
+                self._matcher.consume_tokens(tokens)
+
+
+def _masked(scores_V: Tensor, mask: bytes) -> Tensor:
+    """`mask` has one bit a token id, lowest first; ids beyond it are padding of the model's vocabulary."""
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: len(scores_V)]
+    allowed_V = torch.zeros(len(scores_V), dtype=torch.bool)
+    allowed_V[: len(bits)] = torch.from_numpy(bits.astype(bool))
+    return scores_V.masked_fill(~allowed_V, -torch.inf)

@@ -1,0 +1,75 @@
+"""What demands on an answer's form make of a request: a prompt that tells the tools, and a constraint of the answer.
+
+Knows the text codec, grammars and the format of calls. Does not know requests nor how an answer is written.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from odmoe_server.engine_api import Constraint
+from odmoe_server.grammars import GrammarError, Grammars
+from odmoe_server.openai.errors import InvalidRequest
+from odmoe_server.openai.structured import JsonSchema, grammar_of_schema
+from odmoe_server.openai.tools import Tool, ToolOptions, check_schemas, grammar_of_calls
+from odmoe_server.openai.tools_format import Message, ToolFormat, learn, plain
+from odmoe_server.text import TextCodec, TextError
+
+
+class ToolKit:
+    """Of one model. What is learnt of its chat template and its vocabulary is learnt at the first use."""
+
+    def __init__(self, text: TextCodec) -> None:
+        self._text = text
+        self._grammars = Grammars(text.backend, end_ids=text.end_ids)
+        self._form: ToolFormat | None = None
+
+    async def prompt_ids(
+        self, messages: Sequence[Message], *, offered: Sequence[Tool] = (), add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation in which tools may be told, called and answered. Raises `InvalidRequest`."""
+        tools: list[dict[str, Any]] | None = [tool.for_template() for tool in offered] or None
+        with_calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if (tools or with_calls) and not (await self.form()).native:
+            messages, tools = plain(messages, tools or ()), None
+        try:
+            return await self._text.prompt_ids(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        except TextError as error:
+            raise InvalidRequest(str(error), param="messages") from error
+
+    async def form(self) -> ToolFormat:
+        """How this model writes calls."""
+        if self._form is None:
+            control_tokens = self._text.control_tokens
+            self._form = await self._text.with_template(lambda render: learn(render, control_tokens=control_tokens))
+        return self._form
+
+    async def constraint(
+        self, options: ToolOptions, *, schema: JsonSchema | None, param: str = "response_format.json_schema.schema"
+    ) -> Constraint | None:
+        """What the answer must follow: the schema named by `param`, calls, or one of the two. None if it is free.
+        Raises `InvalidRequest` for what cannot be enforced, naming the field."""
+        check_schemas(options.callable)
+        if not options.callable:
+            return None if schema is None else await self._compiled(grammar_of_schema(schema, param=param), param)
+        form = await self.form()
+        begins_free = not options.must_call and schema is None
+        grammar = grammar_of_calls(options, form, otherwise=schema, param=param)
+        try:
+            return await self._grammars.compile(grammar, trigger=form.trigger if begins_free else "")
+        except GrammarError as error:
+            await self._name_culprit(options, schema, param)
+            raise InvalidRequest(f"These tools cannot be enforced together: {error}", param="tools") from None
+
+    async def _name_culprit(self, options: ToolOptions, schema: JsonSchema | None, param: str) -> None:
+        for tool in options.callable:
+            position = options.tools.index(tool)
+            alone = ToolOptions(tools=(tool,), choice="required", parallel=False)
+            await self._compiled(grammar_of_calls(alone, await self.form()), f"tools[{position}].function.parameters")
+        if schema is not None:
+            await self._compiled(grammar_of_schema(schema, param=param), param)
+
+    async def _compiled(self, grammar: str, param: str) -> Constraint:
+        try:
+            return await self._grammars.compile(grammar)
+        except GrammarError as error:
+            raise InvalidRequest(f"'{param}' cannot be enforced: {error}.", param=param) from None
