@@ -29,7 +29,7 @@ BIN := $(VENV)/bin
 .PHONY: help
 help: ## show this list
 	@echo "usage: make TARGET [NAME=value ...]"; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "  PORT=8000       port of serve and chat"
 	@echo "  MODEL=          a prepared store, a checkpoint folder or a hub name, for serve (default: the built-in model)"
 	@echo "  ARGS=           further arguments for serve, chat, test and quick; for bench in place of --quick"
@@ -73,8 +73,13 @@ quick: $(READY) ## the tests that start no real processes and no default model (
 	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(READY) ## send the server what no client should, for some minutes (EXAMPLES=)
-	@exec env OMP_NUM_THREADS=1 ODMOE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+fuzz: $(READY) ## send every role what nobody should, over its links and over HTTP, for some minutes (EXAMPLES=)
+	@env OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.wire
+	exec env OMP_NUM_THREADS=1 ODMOE_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+
+.PHONY: chaos
+chaos: $(READY) ## kill, pause, restart and cut off every role under load, and count what it costs (ARGS=)
+	@exec env OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
 .PHONY: bench
 bench: $(READY) ## measure decoding and forecasts; records go to tests/bench/results (ARGS=--no-quick)
@@ -116,6 +121,10 @@ up: $(READY) image ## start the ten containers of docker-compose.yml (STORE= KEY
 		sleep 1
 	done
 	echo "not ready after two minutes; see: docker ps -a, docker logs" >&2; exit 1
+
+.PHONY: test-containers
+test-containers: $(READY) ## build the images, start the ten containers, ask them, hurt them, take them down (ARGS=)
+	@exec env OMP_NUM_THREADS=1 ODMOE_TEST_CONTAINERS=1 $(BIN)/python -m pytest -q -rs tests/containers $(ARGS)
 
 .PHONY: down
 down: ## stop and remove the ten containers

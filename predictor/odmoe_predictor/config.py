@@ -49,7 +49,7 @@ class PredictorSettings(RoleSettings):
     weights: Path | None = Field(None, description="for trained: what odmoe train-predictor wrote")
     precision: Precision = Field("int8", description="of the shadow's weights; fp16 is bf16 where that is faster")
     scope: Scope = Field("model", description="what is quantised: the whole model, or its routed experts only")
-    run_ahead: int = Field(1, ge=0, le=16, description="tokens to forecast beyond the newest the server has sent")
+    run_ahead: int = Field(8, ge=0, le=16, description="tokens to forecast beyond the newest the server has sent")
     feedback: bool = Field(
         False, description="correct the forecast of a token's later layers by what the server's gates saw of it"
     )

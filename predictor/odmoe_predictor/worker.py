@@ -214,16 +214,12 @@ class Worker:
         finished = self._shadow.forecast_together(
             list(due),
             on_routing=lambda sequence, layer, experts: self._publish(due[sequence], layer, experts),
-            is_stale=lambda sequence: self._is_given_up(due[sequence]),
+            is_stale=lambda sequence: self._is_stale(due[sequence]) or self._correct_waiting(),
             go_on=self._goes_ahead,
         )
         done = [due[sequence] for sequence in finished]
         self._finished(done, out_of=len(due), began_s=began_s)
         return done
-
-    def _is_given_up(self, span: Span) -> bool:
-        """Whether a sequence in the midst of a forward that others share is not worth going on with."""
-        return self._is_stale(span) or self._correct_waiting() or self._guard.is_broken(span.sequence)
 
     def _finished(self, done: list[Span], *, out_of: int, began_s: float) -> None:
         if done:

@@ -72,7 +72,7 @@ def create_app(
     limits = limits or ServiceLimits()
     metrics = Metrics(engine, model_name=catalog.names[0], prefix=metrics_prefix)
     answerer = Answerer(engine=engine, text=text, metrics=metrics, keep_alive_s=keep_alive_s, limits=limits)
-    kit = ToolKit(text)
+    kit = ToolKit(text, max_schema_bytes=limits.max_schema_bytes)
     app = FastAPI(
         title="odmoe",
         version=probes.version_body()["version"],

@@ -17,7 +17,7 @@ AlignPeriod = Literal["1", "2", "4", "8", "16", "off"]
 # The kinds of predictors for which a setting of `odmoe serve` means anything.
 _PREDICTOR_USES: Final = {
     **dict.fromkeys(
-        ("shadow_precision", "shadow_scope", "run_ahead", "feedback", "align_token", "align_kv", "prompt_kv"),
+        ("shadow_precision", "shadow_scope", "run_ahead", "draft", "feedback", "align_token", "align_kv", "prompt_kv"),
         ("shadow",),
     ),
     "predictor_look_ahead": ("gate",),
@@ -58,6 +58,7 @@ class ServingSettings(RoleSettings):
     max_messages: int = Field(4096, ge=1, description="most messages of a conversation")
     max_choices: int = Field(64, ge=1, description="most answers to one request: n for each prompt")
     max_stops: int = Field(16, ge=1, description="most stop strings of a request")
+    max_schema_kb: int = Field(64, ge=1, le=1024, description="largest JSON schema of an answer or a tool")
     max_wait_s: float = Field(
         600.0, gt=0, description="longest a request may take to its first token, the queue included; then 503"
     )
@@ -80,10 +81,13 @@ class ServingSettings(RoleSettings):
         "full", description="the prompt's keys and values in the shadow: the full model's, or computed by itself"
     )
     prefill_chunk: int = Field(
-        512, ge=16, le=16384, description="tokens of a prompt that go through the model at once; bounds memory"
+        256,
+        ge=16,
+        le=16384,
+        description="tokens of a prompt that go through the model at once; bounds memory and waits",
     )
     draft: int = Field(
-        0, ge=0, le=15, description="most tokens the shadow has guessed that are verified in one step; same answers"
+        3, ge=0, le=15, description="most tokens the shadow has guessed that are verified in one step; same answers"
     )
     max_running: int = Field(16, ge=1, le=256, description="sequences decoded together, sharing each layer's loads")
     kv_memory_mb: int | None = Field(
@@ -95,8 +99,8 @@ class ServingSettings(RoleSettings):
     )
     mode: Literal["on-demand", "importance"] = Field(
         "on-demand",
-        description="on-demand changes no answer; importance keeps experts in slots and lets those at hand stand in for "
-        "others that score little, where a request allows it",
+        description="on-demand changes no answer; importance keeps experts in slots and lets those at hand stand in "
+        "for others that score little, where a request allows it",
     )
     alpha: float | None = Field(
         None, ge=0, le=1, description="how far an expert's score may be from the next one's to be replaced; else 0.3"
@@ -205,7 +209,12 @@ class ServeSettings(ServingSettings):
     shadow_scope: Literal["model", "experts"] = Field(
         "model", description="what the predictor quantises: the whole model, or its routed experts only"
     )
-    run_ahead: int = Field(1, ge=0, le=16, description="tokens the predictor may forecast beyond the newest it has")
+    run_ahead: int | None = Field(
+        None,
+        ge=0,
+        le=16,
+        description="tokens the predictor may forecast beyond the newest it has; else those of two steps with --draft",
+    )
     feedback: bool = Field(
         False, description="correct the forecast of a token's later layers by what the gates saw of it"
     )

@@ -1,6 +1,6 @@
 """Leaving in good order: what was admitted is finished within a bound, what comes now is told to come again elsewhere.
 
-Knows ASGI and uvicorn; knows no routes but the probe's. The port stays open meanwhile: whoever comes gets a 503 with
+Knows ASGI and uvicorn; knows no routes but the probes'. The port stays open meanwhile: whoever comes gets a 503 with
 Retry-After, and a load balancer sees the probe turn.
 """
 
@@ -19,7 +19,8 @@ from odmoe_server.openai.errors import SHUTTING_DOWN, problem_of
 
 log = logging.getLogger(__name__)
 
-PROBE: Final = "/health"
+# That the process lives (/health/live) stays true while it drains.
+PROBES: Final = frozenset({"/health", "/health/ready"})
 # For what the time for draining was not enough for: time to tell the clients so.
 LAST_WORDS_S: Final = 1
 
@@ -58,7 +59,7 @@ class Drain:
             await self._app(scope, receive, send)
             return
         asks = scope["method"] not in ("GET", "HEAD")
-        if self.has_begun and (asks or scope["path"] == PROBE):
+        if self.has_begun and (asks or scope["path"] in PROBES):
             await _refuse(send)
             return
         self.under_way += asks

@@ -28,7 +28,7 @@ class Constraint(Protocol):
 class Sampling:
     """How to choose the next token. `temperature` 0 is greedy; `top_k` 0 and `min_p` 0 are off. Presence and frequency
     penalties count the answer's tokens, the repetition penalty the prompt's too. `logit_bias` has tokens and what is
-    added to theirs. `stop_token_ids` come on top of the model's own end tokens, which `ignore_eos` switches off; neither
+    added to theirs. `stop_token_ids` come on top of the model's end tokens, which `ignore_eos` switches off; neither
     is chosen before `min_tokens`. `top_logprobs`: None for no log probabilities; else the chosen token's and those
     of as many of the likeliest, all of them the model's own, before anything here has touched them."""
 

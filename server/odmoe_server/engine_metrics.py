@@ -195,9 +195,7 @@ _NODES: Final[dict[str, _Family]] = {
     "node_late_forecasts": _Family(
         "Forecasts that came when their layer was over.", "counter", lambda node: node.late_forecasts_total
     ),
-    "node_stale_messages": _Family(
-        "Messages of a former view or server.", "counter", lambda node: node.stale_total
-    ),
+    "node_stale_messages": _Family("Messages of a former view or server.", "counter", lambda node: node.stale_total),
     "node_duplicate_computes": _Family("Computes that came twice.", "counter", lambda node: node.duplicates_total),
     "node_expired_computes": _Family(
         "Computes whose time was over before they were done.", "counter", lambda node: node.expired_total
@@ -213,9 +211,7 @@ _EVERY_PEER: Final[dict[str, _Family]] = {
         lambda peer: peer.undelivered_total,
     ),
     "loop_errors": _Family("Events the peer failed on.", "counter", lambda peer: peer.loop_errors_total),
-    "protocol_errors": _Family(
-        "Messages the peer did not accept.", "counter", lambda peer: peer.protocol_errors_total
-    ),
+    "protocol_errors": _Family("Messages the peer did not accept.", "counter", lambda peer: peer.protocol_errors_total),
     "bad_messages": _Family(
         "Messages of the peer the server did not accept.", "counter", lambda peer: peer.bad_messages_total
     ),

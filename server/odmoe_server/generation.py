@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from odmoe_server.assembly import Assembler, Piece
 from odmoe_server.engine_api import (
@@ -44,7 +44,7 @@ class Ending:
     expert_stats: ExpertStats | None = None
     queue_s: float | None = None
     stopped_by: str | None = None
-    substituted: Substituted = Substituted()
+    substituted: Substituted = field(default_factory=Substituted)
 
 
 async def generate_text(

@@ -63,10 +63,11 @@ class Grammars:
         if not self._end_ids:
             raise GrammarError("this model has no token that ends an answer")
         matcher = LLMatcher(self._vocabulary, grammar, limits=_LIMITS, log_level=0)
-        if not matcher.is_error():
-            matcher.deep_copy().compute_bitmask()  # what cannot even begin shows here
-        if matcher.is_error():
-            raise GrammarError(matcher.get_error().strip())
+        trial = matcher.deep_copy()
+        if not trial.is_error():
+            trial.compute_bitmask()  # what cannot even begin shows here
+        if trial.is_error():
+            raise GrammarError(_reason(trial))
         return GrammarConstraint(matcher, self._vocabulary, trigger=trigger.encode())
 
     @functools.cached_property
@@ -111,7 +112,7 @@ class _Follower:
             return scores_V
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise GenerationFailed(f"The answer's grammar could not be followed: {self._matcher.get_error().strip()}")
+            raise GenerationFailed(f"The answer's grammar could not be followed: {_reason(self._matcher)}")
         return _masked(scores_V, mask)
 
     def _look_for_trigger(self, token_id: int) -> None:
@@ -124,6 +125,14 @@ class _Follower:
             self._free = self._matcher.validate_tokens(tokens) < len(tokens)
             if not self._free:
                 self._matcher.consume_tokens(tokens)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Why it cannot go on, in one line: the first, or that of the pattern's parser. The others repeat the grammar."""
+    lines = matcher.get_error().strip().splitlines()
+    line = next((line for line in lines if line.startswith("error: ")), lines[0])
+    line = line.removeprefix("error: ").rpartition("failed to compile JSON schema: ")[2]
+    return "nothing follows it" if line.startswith("NoExtension") else line
 
 
 def _masked(scores_V: Tensor, mask: bytes) -> Tensor:

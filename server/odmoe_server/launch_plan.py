@@ -19,6 +19,8 @@ from odmoe_server.config import ServeSettings, ServingSettings
 
 # Beyond the time that answers in hand may take: joining threads, closing sockets.
 STOP_MARGIN_S = 10.0
+# What the predictor takes at most.
+MOST_AHEAD = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ def _server(plan: Plan) -> ChildSpec:
         "served_model_names": settings.served_model_names or (models.own_name(settings.model),),
         "endpoint": plan.endpoint("cluster"),
         "threads": plan.threads,
+        "draft": drafts(settings),
         "listen_fd": plan.listener.fileno(),
         "exit_with_parent": True,
     }
@@ -108,7 +111,7 @@ def _forecasting(settings: ServeSettings) -> list[str]:
     """Only what the kind of predictor has a use for: it refuses the rest."""
     if settings.predictor_kind == "shadow":
         options = ["--precision", settings.shadow_precision, "--scope", settings.shadow_scope]
-        options += ["--run-ahead", str(settings.run_ahead)]
+        options += ["--run-ahead", str(run_ahead(settings))]
         return [*options, "--feedback" if settings.feedback else "--no-feedback"]
     options = ["--kind", settings.predictor_kind]
     if settings.predictor_look_ahead is not None:
@@ -116,6 +119,18 @@ def _forecasting(settings: ServeSettings) -> list[str]:
     if settings.predictor_weights is not None:
         options += ["--weights", str(settings.predictor_weights)]
     return options
+
+
+def drafts(settings: ServeSettings) -> int:
+    """Guesses in a step: only the shadow has any."""
+    return settings.draft if settings.predictor and settings.predictor_kind == "shadow" else 0
+
+
+def run_ahead(settings: ServeSettings) -> int:
+    """How far the shadow goes on by itself: while a step takes all its guesses, it makes those of the next."""
+    if settings.run_ahead is not None:
+        return settings.run_ahead
+    return min(MOST_AHEAD, 2 * (1 + settings.draft)) if settings.draft else 1
 
 
 def _common(plan: Plan) -> list[str]:

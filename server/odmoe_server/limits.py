@@ -13,6 +13,7 @@ class ServiceLimits:
     max_messages: int = 4096
     max_choices: int = 64
     max_stops: int = 16
+    max_schema_bytes: int = 64 * 2**10
     max_queued: int = 64
     max_wait_s: float = 600.0
     max_answer_s: float = 3600.0

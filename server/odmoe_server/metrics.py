@@ -1,5 +1,5 @@
-"""What /metrics tells of requests, as a client sees them, and the page itself. Knows Prometheus; the engine knows nothing
-of it.
+"""What /metrics tells of requests, as a client sees them, and the page itself. Knows Prometheus; the engine knows
+nothing of it.
 
 Names carry vLLM's suffixes under a prefix of our own, so that its dashboards need only another prefix. What the engine
 counts is read from its health at each scrape, and not counted a second time here; only times as a client sees them
@@ -59,7 +59,9 @@ class Metrics:
         self.e2e_latency = histogram(
             "e2e_request_latency_seconds", "From the request's arrival to the end of its answer.", _WHOLE_S
         )
-        self.queue_time = histogram("request_queue_time_seconds", "In the queue. Of answers the engine ended.", _PHASE_S)
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "In the queue. Of answers the engine ended.", _PHASE_S
+        )
         self.prefill_time = histogram(
             "request_prefill_time_seconds", "From the queue to the first token. Of answers the engine ended.", _PHASE_S
         )
@@ -138,9 +140,7 @@ class Meter:
         """Of the tokens so far; an answer without any took its time to find that out."""
         first_s = self._metrics.clock() if self._first_token_s is None else self._first_token_s
         last_s = first_s if self._last_token_s is None else self._last_token_s
-        return Times(
-            first_token_s=first_s - self._arrived_s, answer_s=last_s - first_s, num_tokens=self._num_tokens
-        )
+        return Times(first_token_s=first_s - self._arrived_s, answer_s=last_s - first_s, num_tokens=self._num_tokens)
 
     def finished(self, outcome: Outcome) -> None:
         """The answer is complete."""

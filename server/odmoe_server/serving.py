@@ -30,6 +30,7 @@ from odmoe_server.engine.build import EngineOptions, build_engine
 from odmoe_server.engine_api import Engine, Sampling
 from odmoe_server.importance.options import ImportanceOptions
 from odmoe_server.limits import ServiceLimits
+from odmoe_server.slow_clients import HastyProtocol
 from odmoe_server.text import TextCodec
 from odmoe_wire import logs
 from odmoe_wire.keys import CurveKeys
@@ -126,6 +127,7 @@ def service_limits(settings: ServingSettings) -> ServiceLimits:
         max_messages=settings.max_messages,
         max_choices=settings.max_choices,
         max_stops=settings.max_stops,
+        max_schema_bytes=settings.max_schema_kb * 2**10,
         max_queued=settings.max_queued,
         max_wait_s=settings.max_wait_s,
         max_answer_s=settings.max_answer_s,
@@ -214,7 +216,7 @@ def uvicorn_config(app: ASGIApp, settings: ServingSettings) -> uvicorn.Config:
     """Everything about the HTTP server that must not be left to its defaults."""
     return uvicorn.Config(
         app,
-        http="h11",
+        http=HastyProtocol,
         ws="none",
         lifespan="on",
         backlog=BACKLOG,
@@ -229,6 +231,8 @@ def uvicorn_config(app: ASGIApp, settings: ServingSettings) -> uvicorn.Config:
 
 
 def lifespan_of(engine: StartedEngine) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Starts the engine with the application, and ends it with it."""
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         engine.start()

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def test_tokens_are_transformers_own_and_experts_are_computed_as_they_arrive(
     ridden: list[tuple[str, float]] = []
     whole = EmulatedBank.rows_on_arrival
 
-    def spy(self: EmulatedBank, slot: int, x_NH: Tensor) -> tuple[Tensor, float]:
-        rows_NH, waited_s = whole(self, slot, x_NH)
+    def spy(self: EmulatedBank, slot: int, x_NH: Tensor, *runs: Any) -> tuple[Tensor, float]:
+        rows_NH, waited_s = whole(self, slot, x_NH, *runs)
         ridden.append((threading.current_thread().name, waited_s))
         return rows_NH, waited_s
 

@@ -116,6 +116,28 @@ def test_who_is_waited_for_comes_before_anybody_runs_ahead(store: ExpertStore, m
     assert users.forwards()[:7] == [(1, 0), (2, 0), *both, (3, 0), (3, 1), (1, 2)], "and 3, least far ahead, catches up"
 
 
+def test_order_that_comes_while_others_are_obeyed_goes_before_running_ahead(
+    store: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = Users(store, run_ahead=2)
+    users.align(1)
+    users.rig.pump()
+    users.step(1)
+    users.forwards()
+    align = users.shadow.align
+
+    def late(sequence: int, **what: Any) -> str:
+        if sequence == 1:
+            users.align(2)
+            users.rig.predictor.switchboard.pump(users.rig.network.clock())
+        return align(sequence, **what)
+
+    monkeypatch.setattr(users.shadow, "align", late)
+    users.align(1, rows=1)
+    users.rig.pump()
+    assert users.forwards() == [(2, 0), (2, 1), (1, 3), (2, 2)]
+
+
 def test_wrong_token_amid_a_shared_forward_ends_it_for_its_own_sequence_only(
     store: ExpertStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +243,7 @@ def test_alignment_amid_a_long_prompt_does_not_undo_what_is_computed(
     monkeypatch.setattr(users.shadow, "feed_some", feeding)
     users.rig.say(Align(sequence=1, position=0, tokens=PROMPTS[1], cache=[]))
     users.rig.pump()
-    assert lengths == [0, 4, 8]
+    assert lengths == [0, 4]
     told = {one.layer: one.experts for one in users.rig.schedules("server")}
     assert told == users.fulls[1].routings
     assert users.rig.predictor.worker.counters.abandoned == 0

@@ -47,7 +47,7 @@ class Recorded:
             timeline_path, num_layers=layers, facts={}, clock=lambda: next(ticks)
         )
         tracer = record_trace(trace_path, header_of(store.manifest))
-        self.cluster._loaded.stepper._experts.trace = tracer.put
+        self.cluster.trace = tracer.put
         self.tokens, self.stats = self.cluster.generate(PROMPT, max_tokens=NUM_TOKENS)
         drawer.close()
         tracer.close()

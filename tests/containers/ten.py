@@ -78,6 +78,10 @@ class Ten:
         alive = {node["id"] for node in health.get("nodes", ()) if node["alive"]}
         return health.get("state") == "ready" and {"predictor", *NODES} <= alive
 
+    def is_healthy(self, service: str) -> bool:
+        """What the engine's own health check says."""
+        return bool(self.inspect(service)["State"]["Health"]["Status"] == "healthy")
+
     def until(self, condition: Callable[[], bool], what: str, *, timeout_s: float = _READY_S) -> None:
         """Wait for it; what the containers said comes with the failure."""
         until_s = time.monotonic() + timeout_s

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,18 +97,23 @@ def test_what_the_engine_holds_each_container_to(cluster: Ten) -> None:
         assert set(published) == ({"8000/tcp"} if service == "server" else set()), service
     assert cluster.docker("network", "inspect", "-f", "{{.Internal}}", f"{ten.PROJECT}_cluster") == "true"
     for service in SERVICES:
-        healthy = lambda service=service: cluster.inspect(service)["State"]["Health"]["Status"] == "healthy"  # noqa: E731
-        cluster.until(healthy, f"{service} to be healthy")
+        cluster.until(partial(cluster.is_healthy, service), f"{service} to be healthy")
+
+
+def test_the_gpu_override_is_taken_by_this_compose(cluster: Ten) -> None:
+    files = ["-f", "docker-compose.yml", "-f", "docker-compose.gpu.yml"]
+    merged = cluster.engine.run(*cluster.engine.compose, *files, "config", ODMOE_STORE="/store", ODMOE_KEYS="/keys")
+    assert merged.count("capabilities") >= len(NODES)
+    assert merged.count("ODMOE_NODE_DEVICE: cuda") == len(NODES)
+    assert merged.count("ODMOE_NODE_NODE_ID") == len(NODES), "what the first file says stays"
 
 
 def test_a_node_has_no_web_stack_no_way_out_and_nowhere_to_write(cluster: Ten) -> None:
     def python(script: str) -> str:
         return cluster.docker("exec", cluster.container("node-3"), "python3", "-c", script)
 
-    find = (
-        "import importlib.util as u; print([m for m in ('fastapi', 'starlette', 'uvicorn', 'typer') if u.find_spec(m)])"
-    )
-    assert python(find) == "[]"
+    web = ("fastapi", "starlette", "uvicorn")
+    assert python(f"import importlib.util as u; print([m for m in {web} if u.find_spec(m)])") == "[]"
     write = "\ntry: open('/opt/odmoe/x', 'w')\nexcept OSError as e: print(e.errno)\n"
     assert python(write) in ("13", "30")  # no permission, or a read-only file system
     others = [other for other in NODES if other != "node-3"]

@@ -1,6 +1,7 @@
 """/v1/messages as Anthropic's clients see it: bodies, events, errors, and what is refused by name."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -8,7 +9,7 @@ import pytest
 
 from odmoe_server.anthropic.answers import MessageAnswer
 from odmoe_server.anthropic.schemas import FIELDS
-from odmoe_server.engine_api import NotReady, QueueFull
+from odmoe_server.engine_api import ExpertStats, Finished, FinishReason, GenerationRequest, NotReady, QueueFull
 from odmoe_server.openai.tools_format import OWN
 from support.drawn_answers import DrawingEngine
 from support.http_app import MODEL, app_of, request
@@ -112,6 +113,23 @@ def test_sampling_goes_to_the_engine() -> None:
     message(engine, temperature=0.25, top_p=0.5, top_k=7)
     sampling = engine.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.25, 0.5, 7)
+
+
+class Substituting(ScriptedEngine):
+    """Of twelve experts three were replaced."""
+
+    def _finished(self, request: GenerationRequest, num_tokens: int, *, reason: FinishReason) -> Finished:
+        stats = ExpertStats(substituted=3, activations=12)
+        return replace(super()._finished(request, num_tokens, reason=reason), expert_stats=stats)
+
+
+def test_an_answer_with_replaced_experts_says_so() -> None:
+    told = {"count": 3, "share": 0.25}
+    assert message(Substituting.saying("Hi"))["usage"]["expert_substitutions"] == told
+    assert events(Substituting.saying("Hi"))[-2]["usage"]["expert_substitutions"] == told
+    assert "expert_substitutions" not in message(ScriptedEngine.saying("Hi"))["usage"]
+    answer = request(app_of(Substituting.saying("Hi")), "POST", "/v1/responses", json={"model": MODEL, "input": "x"})
+    assert answer.json()["usage"]["expert_substitutions"] == told
 
 
 def test_calls_are_blocks() -> None:

@@ -239,8 +239,9 @@ def unknown_urls(text: str) -> list[str]:
     """Paths of the HTTP API: spans such as `/health`, `GET /health`, and those of curl commands on this machine."""
     in_spans = [match[1] for span in spans(text) if (match := re.fullmatch(r"(?:(?:GET|POST) )?(/[a-z0-9/_]+)", span))]
     in_curls = re.findall(r"https?://(?:localhost|127\.0\.0\.1):\d+(/[a-z0-9/_]+)", text)
-    # `/v1` alone is the base address that clients are given.
-    return [path for path in {*in_spans, *in_curls} - {"/v1"} if f'"{path}"' not in code()]
+    # `/v1` alone is the base address that clients are given; routes below it are written without it in the code.
+    named = {*in_spans, *in_curls} - {"/v1"}
+    return [path for path in named if not any(f'"{known}"' in code() for known in (path, path.removeprefix("/v1")))]
 
 
 def broken_blocks(text: str) -> list[str]:

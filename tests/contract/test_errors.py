@@ -53,7 +53,7 @@ WRONG: list[tuple[Any, str]] = [
     (messages({"role": "user", "content": "x"}, {"role": "user"}), "messages[1].content"),
     (messages({"role": 123, "content": "x"}), "messages[0].role"),
     (messages({"role": "wizard", "content": "x"}), "messages[0].role"),
-    (messages({"role": "tool", "content": "x"}), "messages[0].role"),
+    (messages({"role": "tool", "content": "x"}), "messages[0].tool_call_id"),
     (user(123), "messages[0].content"),
     (user(None), "messages[0].content"),
     (user({"text": "x"}), "messages[0].content"),
@@ -289,7 +289,7 @@ def test_a_conversation_the_template_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v2/models"), ("POST", "/"), ("GET", "/v1/models/"), ("GET", "/docs")]
+    ("method", "path"), [("GET", "/v2/models"), ("POST", "/v2"), ("GET", "/v1/models/"), ("GET", "/docs")]
 )
 def test_an_unknown_route(method: str, path: str) -> None:
     error = error_of(request(app_of(ScriptedEngine()), method, path), 404)

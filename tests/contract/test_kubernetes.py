@@ -20,7 +20,11 @@ from odmoe_wire.settings import RoleSettings, parse
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
 KUBERNETES = "1.33"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text("utf-8"))
-SETTINGS: dict[str, type[RoleSettings]] = {"server": ServerSettings, "predictor": PredictorSettings, "node": NodeSettings}
+SETTINGS: dict[str, type[RoleSettings]] = {
+    "server": ServerSettings,
+    "predictor": PredictorSettings,
+    "node": NodeSettings,
+}
 WORKLOADS = ("Deployment", "StatefulSet")
 
 

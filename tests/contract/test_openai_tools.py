@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from odmoe_server.limits import ServiceLimits
 from odmoe_server.openai.answers import ChatChunk, ChatCompletion
 from odmoe_server.openai.tools_format import OWN
 from support.drawn_answers import DrawingEngine
@@ -222,8 +223,10 @@ SCHEMA = "response_format.json_schema.schema"
         ({"tools": TOOLS, "logprobs": True}, "logprobs"),
         ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages[0].role"),
     ],
 )
@@ -233,6 +236,16 @@ def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], param: str) -
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
     assert not engine.requests
+
+
+def test_the_largest_schema_can_be_set() -> None:
+    form = schema_format({"type": "object", "description": "x" * 1000})
+    limits = ServiceLimits(max_schema_bytes=1000)
+    assert ask(ScriptedEngine.saying("{}"), asking(**form)).status_code == 200
+    assert ask(ScriptedEngine.saying("{}"), asking(**form), limits=limits).json()["error"]["param"] == SCHEMA
+    tools = {"tools": [tool_of({"description": "x" * 1000})]}
+    refused = ask(ScriptedEngine.saying("x", context_length=4096), asking(**tools), limits=limits)
+    assert refused.json()["error"]["param"] == "tools[0].function.parameters"
 
 
 @pytest.mark.parametrize("arguments", ["{", "[]", "1"])

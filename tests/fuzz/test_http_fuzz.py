@@ -81,12 +81,16 @@ def sent(case: Case) -> httpx.Request:
     return httpx.Request(str(made.method), made.url, headers=headers, content=content)
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize("label", sorted(OPERATIONS))
+@pytest.mark.parametrize(
+    ("label", "mode"),
+    [
+        *((label, GenerationMode.POSITIVE) for label in sorted(OPERATIONS)),
+        # Of what takes no body nothing can be wrong.
+        *((label, GenerationMode.NEGATIVE) for label, operation in sorted(OPERATIONS.items()) if operation.body),
+    ],
+)
 def test_whatever_the_document_allows_or_forbids(door: Door, label: str, mode: GenerationMode) -> None:
     operation = OPERATIONS[label]
-    if mode == GenerationMode.NEGATIVE and not (operation.body or operation.path_parameters):
-        return  # nothing about it can be wrong
 
     @settings(
         max_examples=NUM_EXAMPLES,

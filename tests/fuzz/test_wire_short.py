@@ -6,7 +6,7 @@ import pytest
 
 from chaos import roles
 from fuzz import codec, sockets
-from support.stores import tiny_store
+from support.serve_process import chat_store
 
 CODEC_MESSAGES = 20_000
 SOCKET_MESSAGES = 300
@@ -23,7 +23,6 @@ def test_codecs_refuse_or_understand() -> None:
 @pytest.mark.slow
 def test_processes_bear_it(tmp_path: Path) -> None:
     roles.begin()
-    store = tiny_store("mixtral", tmp_path)
-    done = sockets.run(count=SOCKET_MESSAGES, seed=7, store=store, home=tmp_path)
+    done = sockets.run(count=SOCKET_MESSAGES, seed=7, store=chat_store(tmp_path), home=tmp_path)
     assert set(done.sent) == {"server", "node-1", "predictor"}
     assert min(done.refused.values()) > SOCKET_MESSAGES // 2

@@ -11,7 +11,7 @@ from rich.console import Console
 from chaos import roles
 from fuzz import codec, sockets
 from odmoe_server.bench.record import Column, Record, results_directory, this_machine
-from support.stores import tiny_store
+from support.serve_process import chat_store
 
 MILLION: Final = 1_000_000
 _COLUMNS: Final = (
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"codec: {outcome.total} messages in {outcome.took_s:.1f} s, {outcome.refused} refused")
     roles.begin()
     with tempfile.TemporaryDirectory(prefix="odmoe-fuzz-") as scratch:
-        store = tiny_store("mixtral", Path(scratch))
+        store = chat_store(Path(scratch))
         done = sockets.run(count=options.sockets, seed=options.seed, store=store, home=Path(scratch))
     record = _record(outcome, done, command=f"make fuzz ARGS='--messages {options.messages} --seed {options.seed}'")
     console.print(record.table())
@@ -72,8 +72,8 @@ def _record(outcome: codec.Outcome, done: sockets.Sockets, *, command: str) -> R
         notes=[
             "Whatever was not refused was sound: encoded again, it decodes to the same. Anything but a message or a "
             "counted protocol error, an exception, an ended process or an error in a log among them, ends the run.",
-            "At the sockets libzmq drops what a full queue has no room for, so fewer are counted than were sent. The "
-            "predictor counts too, but tells nobody.",
+            "At the sockets, messages that happened to be sound were sent too, and what they asked for was done; a "
+            "message without frames cannot be sent.",
         ],
     )
 

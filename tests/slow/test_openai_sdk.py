@@ -82,6 +82,55 @@ def test_an_answer_can_be_sent_back() -> None:
     assert len(engine.requests[1].prompt_ids) > len(engine.requests[0].prompt_ids)
 
 
+def test_choices_with_log_probabilities() -> None:
+    engine = ScriptedEngine.saying("Hé")
+    with client(engine) as sdk:
+        answer = sdk.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Hi"}],
+            n=2,
+            logprobs=True,
+            top_logprobs=3,
+            presence_penalty=0.5,
+            frequency_penalty=0.5,
+            logit_bias={"7": -100},
+            seed=3,
+            stop=["no"],
+            extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 1},
+        )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert bytes(b for token in choice.logprobs.content for b in token.bytes or []).decode() == "Hé"
+        assert [len(token.top_logprobs) for token in choice.logprobs.content] == [3, 3, 3]
+    assert [asked.sampling.seed for asked in engine.requests] == [3, 4]
+
+
+def test_streamed_choices() -> None:
+    with client(ScriptedEngine.saying("Hey")) as sdk:
+        said = ["", ""]
+        for chunk in sdk.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], n=2, logprobs=True, stream=True
+        ):
+            for choice in chunk.choices:
+                said[choice.index] += choice.delta.content or ""
+    assert said == ["Hey", "Hey"]
+
+
+def test_text_completions() -> None:
+    with client(ScriptedEngine.saying(" upon")) as sdk:
+        whole = sdk.completions.create(model=MODEL, prompt=["Once", "Twice"], n=2, logprobs=2, max_tokens=5)
+        assert [choice.text for choice in whole.choices] == [" upon"] * 4
+        assert whole.choices[3].logprobs is not None
+        assert whole.choices[3].logprobs.tokens == list(" upon")
+        chunks = list(sdk.completions.create(model=MODEL, prompt=[1, 2, 3], stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == " upon"
+        with pytest.raises(openai.BadRequestError) as refused:
+            sdk.completions.create(model=MODEL, prompt="a", suffix="b")
+        assert refused.value.param == "suffix"
+
+
 def test_models() -> None:
     with client(ScriptedEngine()) as sdk:
         assert MODEL in [model.id for model in sdk.models.list()]
@@ -96,7 +145,7 @@ def test_errors_are_the_sdks_own() -> None:
             ask(model="gpt-4o", messages=[{"role": "user", "content": "x"}])
         assert unknown.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as refused:
-            ask(model=MODEL, messages=[{"role": "user", "content": "x"}], n=2)
+            ask(model=MODEL, messages=[{"role": "user", "content": "x"}], n=1000)
         assert refused.value.param == "n"
         with pytest.raises(openai.BadRequestError, match="extra_body"):
             ask(model=MODEL, messages=[{"role": "user", "content": "x"}], extra_body={"colour": "red"})

@@ -26,6 +26,7 @@ from odmoe_server.engine.sequence import Outbox
 from odmoe_server.engine.sequence import Sequence as Generation
 from odmoe_server.engine_api import ExpertStats, GenerationRequest, Sampling
 from odmoe_server.moe.tally import Tally
+from odmoe_server.moe.trace import RoutedCall
 from odmoe_wire.link import Link
 from odmoe_wire.loopback import LoopbackNetwork
 from odmoe_wire.messages import ToNode, ToServer
@@ -59,7 +60,8 @@ class LoopbackCluster:
         self.state = ClusterState(config=cluster_config(self.store, self.options))
         self.driver = ClusterDriver(self.state, link=link, clock=self.network.clock, pump_while_waiting=self.turn)
         self.roles["server"] = Paused(self.driver.pump)
-        self._loaded = load_model(self.store, self.options, cluster=self.driver)
+        self._loaded = load_model(self.store, self.options, cluster=self.driver, trace=self._traced)
+        self.trace: Callable[[RoutedCall], None] = lambda routed: None
         self._sequence_id = 0
         self._on_turn: list[Callable[[], None]] = []
 
@@ -198,11 +200,14 @@ class LoopbackCluster:
         """Counts of all generations."""
         return self._loaded.total
 
+    def _traced(self, routed: RoutedCall) -> None:
+        self.trace(routed)
+
     def generate_together(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int
     ) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
-        """Greedy tokens of several sequences decoded together, and the logits_V each was chosen from. Each sequence joins
-        one step after the one before."""
+        """Greedy tokens of several sequences decoded together, and the logits_V each was chosen from. Each joins one step
+        after the one before."""
         waiting = [self._generation(prompt_ids, max_tokens) for prompt_ids in prompts]
         everybody, running = list(waiting), list[Generation]()
         logits: dict[int, list[torch.Tensor]] = {generation.sequence_id: [] for generation in waiting}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from odmoe_model.prepare import prepare
 from support.scripted_engine import tiny_tokenizer
 from support.tiny import tiny_checkpoint
 
@@ -27,6 +28,12 @@ def chat_checkpoint(directory: Path) -> Path:
     tiny_checkpoint("mixtral", directory, vocab_size=len(tokenizer), eos_token_id=end_id)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def chat_store(directory: Path) -> Path:
+    """The same, prepared."""
+    prepare(chat_checkpoint(directory / "checkpoint"), directory / "store")
+    return directory / "store"
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

@@ -77,7 +77,7 @@ class FakeSnapshot:
     failovers_total: int = 0
     predicted_late_total: int = 0
     protocol_errors_total: int = 0
-    figures: ClusterFigures = ClusterFigures()
+    figures: ClusterFigures = field(default_factory=ClusterFigures)
 
 
 class FakeCache:
@@ -185,7 +185,17 @@ def test_tokens_come_in_order_and_the_end_token_is_counted_but_not_delivered() -
         assert finished is not None
         assert (finished.reason, finished.prompt_tokens, finished.completion_tokens) == ("stop", 3, 4)
         health = r.loop.health()
+        assert health.cluster is r.cluster.snapshot.figures
         assert (health.prompt_tokens_total, health.generation_tokens_total) == (3, 4)
+
+    serve(scenario)
+
+
+@pytest.mark.parametrize("end", [{}, {"ignore_eos": True, "stop_token_ids": frozenset({END_ID})}])
+def test_no_end_token_before_min_tokens(end: dict[str, Any]) -> None:
+    async def scenario(r: Running) -> None:
+        tokens, finished = await collect(r.loop.generate(request(5, 6, min_tokens=4, **end)))
+        assert (tokens, finished and finished.reason) == ([5, 6, 0, 0], "stop")
 
     serve(scenario)
 

@@ -33,7 +33,7 @@ def grammars() -> Grammars:
 
 
 def of_schema(schema: dict[str, Any]) -> GrammarConstraint:
-    return grammars().compile_now(grammar_of_schema(schema, param="schema"))
+    return grammars().compile_now(grammar_of_schema(schema, param="schema", max_bytes=2**16))
 
 
 def text_of_ids(ids: list[int]) -> str:
@@ -108,11 +108,13 @@ def test_padding_of_the_vocabulary_is_never_allowed() -> None:
         ({"type": "strin"}, "strin"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-        ({"type": "string", "pattern": "("}, "regex"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"$ref": "https://example.com/schema"}, "retriev"),
         ({"$ref": "#/$defs/missing"}, "missing"),
         ({"type": "string", "minLength": 9, "maxLength": 2}, "minLength"),
-        ({"enum": []}, "enum"),
+        ({"enum": []}, "empty"),
+        ({"$ref": "#"}, "nothing follows"),
+        ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused(schema: dict[str, Any], word: str) -> None:
@@ -120,10 +122,24 @@ def test_what_cannot_be_enforced_is_refused(schema: dict[str, Any], word: str) -
         of_schema(schema)
 
 
-@pytest.mark.parametrize("schema", [{"type": "object", "description": "x" * 200_000}])
-def test_a_schema_has_a_largest_size(schema: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match="larger than"):
-        grammar_of_schema(schema, param="schema")
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "object", "description": "x" * 200_000}, "larger than"),
+        ({"enum": ["x" * 5000]}, "value longer"),
+        ({"anyOf": [{"const": {"a": "x" * 5000}}]}, "value longer"),
+        ({"type": "string", "pattern": "x" * 5000}, "value longer"),
+    ],
+)
+def test_a_schema_has_a_largest_size(schema: dict[str, Any], word: str) -> None:
+    with pytest.raises(InvalidRequest, match=word):
+        grammar_of_schema(schema, param="schema", max_bytes=2**16)
+
+
+def test_a_complaint_is_one_line() -> None:
+    with pytest.raises(GrammarError) as refused:
+        of_schema({"type": "object", "not": {}})
+    assert str(refused.value) == 'Unimplemented keys: ["not"]'
 
 
 def test_a_schema_has_a_greatest_depth() -> None:
@@ -131,7 +147,7 @@ def test_a_schema_has_a_greatest_depth() -> None:
     for _ in range(40):
         schema = {"properties": {"a": schema}}
     with pytest.raises(InvalidRequest, match="levels deep"):
-        grammar_of_schema(schema, param="schema")
+        grammar_of_schema(schema, param="schema", max_bytes=2**16)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +163,7 @@ def test_a_grammar_made_to_hurt_costs_little(pattern: str) -> None:
 def test_compiling_leaves_the_event_loop_free() -> None:
     async def scenario() -> None:
         schema = {"anyOf": [{"properties": {f"p{i}": {"enum": list(range(50))}}} for i in range(200)]}
-        source = grammar_of_schema(schema, param="schema")
+        source = grammar_of_schema(schema, param="schema", max_bytes=2**16)
         compiling = asyncio.ensure_future(grammars().compile(source))
         turns = 0
         while not compiling.done():

@@ -77,8 +77,8 @@ def test_what_does_not_go_together_is_refused(kind: Either, argv: list[str], pro
     [
         (["--prefetch", "shadow", "--no-predictor"], "--prefetch shadow needs the predictor"),
         (["--eviction", "forecast", "--no-predictor"], "--eviction forecast needs the predictor"),
-        (["--prefetch", "gate"], "nothing asks the predictor with --prefetch gate: add --no-predictor"),
-        (["--prefetch", "off"], "nothing asks the predictor with --prefetch off: add --no-predictor"),
+        (["--prefetch", "gate", "--draft", "0"], "nothing asks the predictor with --prefetch gate: add --no-predictor"),
+        (["--prefetch", "off", "--draft", "0"], "nothing asks the predictor with --prefetch off: add --no-predictor"),
     ],
 )
 def test_a_predictor_is_there_if_it_is_asked_and_only_then(argv: list[str], problem: str) -> None:

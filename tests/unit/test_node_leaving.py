@@ -64,9 +64,8 @@ def test_what_is_wanted_or_at_work_stays_whatever_the_order_says() -> None:
     node.load(1, [3], span=Span(1, 1, 1))
     node.finish()
     assert node.held == {(0, 1), (1, 3)}
-    node.tell(
-        Load(spans=[Span(1, 1, 1)], layer=1, experts=[4], leaving=[ExpertRef(1, 3), ExpertRef(0, 1)]), epoch=1
-    )
+    leaving = [ExpertRef(1, 3), ExpertRef(0, 1)]
+    node.tell(Load(spans=[Span(1, 1, 1)], layer=1, experts=[4], leaving=leaving), epoch=1)
     node.finish()
     assert node.held == {(1, 3), (1, 4)}
 

@@ -97,7 +97,10 @@ def test_caches_are_those_of_single_forwards(store: ExpertStore) -> None:
 
 def test_who_turns_stale_amid_the_forward_is_left_as_it_was_and_the_others_finish(store: ExpertStore) -> None:
     together, alone = prompted(store), prompted(store)
+    own = together.token_at(2, len(PROMPTS[2]))
     routings, done = at_once(together, stale=(2, 1))
+    assert together.go_on(2) == "forecast"
+    assert together.token_at(2, len(PROMPTS[2])) == own
     assert done == [1, 3, 4]
     assert sorted(routings[2]) == [0, 1], "nothing is told of it afterwards"
     assert together.length(2) == len(PROMPTS[2])

@@ -133,7 +133,7 @@ def calls_in(ids: list[int], form: ToolFormat) -> list[tuple[str, Any]]:
 @FORMATS
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_drawn_are_calls(form: ToolFormat, seed: int) -> None:
-    grammar = grammar_of_calls(options(choice="required"), form)
+    grammar = grammar_of_calls(options(choice="required"), form, max_bytes=2**16)
     *ids, last = drawn(compiled(grammar), seed=seed)
     calls = calls_in(ids, form)
     assert last == END
@@ -144,7 +144,7 @@ def test_whatever_is_drawn_are_calls(form: ToolFormat, seed: int) -> None:
 
 @FORMATS
 def test_a_call_begun_by_choice_is_finished_as_one(form: ToolFormat) -> None:
-    grammar = grammar_of_calls(options(parallel=False), form)
+    grammar = grammar_of_calls(options(parallel=False), form, max_bytes=2**16)
     ids = drawn(compiled(grammar, trigger=form.trigger), seed=2, told=words("Well. " + form.trigger))
     assert len(calls_in(ids[:-1], form)) == 1
     assert ids[-1] == END
@@ -152,17 +152,17 @@ def test_a_call_begun_by_choice_is_finished_as_one(form: ToolFormat) -> None:
 
 def test_a_named_tool_is_called_once() -> None:
     choice = {"type": "function", "function": {"name": "now"}}
-    grammar = grammar_of_calls(options(choice=choice), OWN)
+    grammar = grammar_of_calls(options(choice=choice), OWN, max_bytes=2**16)
     assert [calls_in(drawn(compiled(grammar), seed=seed)[:-1], OWN) for seed in range(5)] == [[("now", {})]] * 5
 
 
 def test_what_is_not_strict_may_hold_what_cannot_be_enforced() -> None:
     odd = {"type": "object", "not": {}, "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     lax = options(tools=(tool("f", odd),), choice="required")
-    assert calls_in(drawn(compiled(grammar_of_calls(lax, OWN)), seed=1)[:-1], OWN)[0][0] == "f"
+    assert calls_in(drawn(compiled(grammar_of_calls(lax, OWN, max_bytes=2**16)), seed=1)[:-1], OWN)[0][0] == "f"
     strict = options(tools=(tool("f", odd, strict=True),), choice="required")
     with pytest.raises(GrammarError, match="not"):
-        compiled(grammar_of_calls(strict, OWN))
+        compiled(grammar_of_calls(strict, OWN, max_bytes=2**16))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from odmoe_server.anthropic.errors import anthropic_body
 from odmoe_server.assembly import Piece
 from odmoe_server.generation import Ending
 from odmoe_server.openai.errors import problem_of
-from odmoe_server.openai.render import LINE_BREAKS, to_json
+from odmoe_server.openai.render import LINE_BREAKS, substitutions, to_json
 from odmoe_server.openai.tools_format import ToolFormat
 from odmoe_server.openai.tools_parse import CallArguments, CallBegun, CallEvent, CallParser, Said, read_calls
 
@@ -128,12 +128,13 @@ def _tool_use(tool_id: str, name: str, *, input_: Any) -> dict[str, Any]:
 
 
 def _usage(ending: Ending) -> dict[str, Any]:
-    """Anthropic counts apart what came from the cache."""
+    """Anthropic counts apart what came from the cache. Says, too, whether experts stood in for others."""
     return {
         "input_tokens": ending.prompt_tokens - ending.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": ending.cached_tokens,
         "output_tokens": ending.completion_tokens,
+        **substitutions([ending]),
     }
 
 

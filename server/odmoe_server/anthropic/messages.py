@@ -13,7 +13,6 @@ from odmoe_server import bodies, openapi
 from odmoe_server.anthropic.answers import MessageAnswer, MessageEvent, TokenCount
 from odmoe_server.anthropic.convert import chat_body, in_our_words
 from odmoe_server.anthropic.dialect import Heading, MessagesDialect
-from odmoe_server.anthropic.errors import PREFIX
 from odmoe_server.anthropic.schemas import CountRequest, MessagesRequest
 from odmoe_server.openai.body import built
 from odmoe_server.openai.chat import ChatService, tenant
@@ -57,7 +56,7 @@ def add_routes(router: APIRouter, service: MessagesService, *, limit_bytes: int)
     """Anthropic's addresses."""
 
     @router.post(
-        PREFIX,
+        "/v1/messages",
         response_model=MessageAnswer,
         responses=openapi.streamed(MessageEvent),
         openapi_extra=openapi.body_of(MessagesRequest),
@@ -67,7 +66,7 @@ def add_routes(router: APIRouter, service: MessagesService, *, limit_bytes: int)
         asked = await bodies.read(request, MessagesRequest, limit_bytes=limit_bytes)
         return await service.answer(asked, request=request)
 
-    @router.post(f"{PREFIX}/count_tokens", openapi_extra=openapi.body_of(CountRequest))
+    @router.post("/v1/messages/count_tokens", openapi_extra=openapi.body_of(CountRequest))
     async def count_tokens(request: Request) -> TokenCount:
         """How many tokens the prompt of such a request has."""
         return await service.count(await bodies.read(request, CountRequest, limit_bytes=limit_bytes))

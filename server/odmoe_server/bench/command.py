@@ -158,3 +158,56 @@ def importance(
         )
     if not found.is_exact:
         _differs("importance at alpha 0")
+
+
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Option(help="A prepared store; else one with random weights is made.")] = None,
+    quick: Annotated[bool, typer.Option(help="A smaller model, fewer streams, short answers.")] = False,
+    url: Annotated[
+        str | None, typer.Option(help="Measure this server, which serves the same model, in place of one of our own.")
+    ] = None,
+    streams: Annotated[
+        str | None, typer.Option(help="Numbers of streams, between commas (1,2,4,8,16; with --quick 1,2,4).")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of each answer (32, with --quick 8).")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers each stream asks for.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Node agents of our own server.")] = 2,
+    slots: Annotated[int | None, typer.Option(min=1, help="Experts each may hold; else twice top-k.")] = None,
+    draft: Annotated[int, typer.Option(min=0, max=15, help="Guessed tokens verified in one step.")] = 0,
+    names: Annotated[
+        str | None, typer.Option("--variants", help="odmoe, one-by-one, batched, front, between commas; else all.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the JSON there too.")] = None,
+    out: Annotated[Path | None, typer.Option(help=_OUT_HELP)] = None,
+) -> None:
+    """Many users at once over HTTP: tokens/s, first token, gaps and loads, beside plain transformers' behind it."""
+    from odmoe_server.bench import model as models
+    from odmoe_server.bench import plotting, record, serve_question, serve_record, writing
+    from odmoe_server.bench import serve as bench
+    from odmoe_server.cli import one_line_errors
+
+    _end_properly()
+    console = Console(stderr=True)
+    with one_line_errors():
+        plotting.require()
+        question = serve_question.question(
+            store=model or models.ensure(models.QUICK if quick else models.FULL, console=console),
+            quick=quick,
+            url=url,
+            streams=[int(number) for number in _numbers(streams)] if streams else None,
+            tokens=tokens,
+            repeats=repeats,
+            names=names.split(",") if names else None,
+            settings={"nodes": nodes, "slots": slots, "draft": draft},
+        )
+        machine = record.this_machine()
+        rows = bench.measure(question, console=console)
+        kept = serve_record.record_of(rows, facts=question.facts(), machine=machine, command=record.command_text())
+        title = f"{kept.machine.cpu}, {kept.when:%Y-%m-%d}"
+        writing.write(
+            kept,
+            out or record.results_directory(),
+            draw=lambda path: serve_record.draw(rows, path, title=title),
+            json_file=json,
+        )

@@ -217,19 +217,19 @@ class _Bench:
             )
 
     def _settings(self, variant: Variant, *, link_gbps: float, slots: int, timeline: Path | None) -> ServeSettings:
-        return ServeSettings(
-            model=str(self._question.store),
-            served_model_names=("bench",),
-            nodes=self._question.nodes,
-            group_size=self._question.group_size,
-            slots=slots,
-            node_device="emulated",
-            link_gbps=link_gbps,
-            threads=1,
-            drain_s=0,
-            timeline=timeline,
-            **variant.settings,
-        )
+        common = {
+            "model": str(self._question.store),
+            "served_model_names": ("bench",),
+            "nodes": self._question.nodes,
+            "group_size": self._question.group_size,
+            "slots": slots,
+            "node_device": "emulated",
+            "link_gbps": link_gbps,
+            "threads": 1,
+            "drain_s": 0,
+            "timeline": timeline,
+        }
+        return ServeSettings(**{**common, **variant.settings})
 
     def _slots(self, variant: Variant) -> int:
         if not variant.same_bytes:

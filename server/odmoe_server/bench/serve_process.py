@@ -7,7 +7,7 @@ nothing.
 import signal
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -39,11 +39,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 def main() -> None:
     """Serve until a signal comes."""
     end_with_parent(signal.SIGKILL)
-    logs.configure("warning")
+    logs.configure("warning", "text", role="bench")
     torch.set_num_threads(1)
     job = msgspec.json.decode(sys.argv[1], type=Job)
     store = ExpertStore.open(Path(job.store), verify=False)
-    settings = ServeSettings(model=job.store, served_model_names=(job.name,), drain_s=0, max_queued=1024)
+    chosen: dict[str, Any] = {"served_model_names": (job.name,), "drain_s": 0, "max_queued": 1024}
+    settings = ServeSettings(model=job.store, **chosen)
     engine = _engine(job, store)
     app = build_app(settings, store=store, engine=engine, lifespan=lifespan_of(engine))
     uvicorn.Server(uvicorn_config(app, settings)).run(sockets=[listening.inherited(job.listen_fd)])

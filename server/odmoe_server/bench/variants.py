@@ -22,12 +22,14 @@ class Variant:
 
 
 def _late(align_token: str, align_kv: str) -> dict[str, Any]:
-    return {"run_ahead": 0, "align_token": align_token, "align_kv": align_kv}
+    return {"draft": 0, "run_ahead": 0, "align_token": align_token, "align_kv": align_kv}
 
 
 VARIANTS: Final = (
-    Variant(name="on-demand", settings={"run_ahead": 1}),
-    Variant(name="on-demand-feedback", settings={"run_ahead": 1, "feedback": True}),
+    Variant(name="on-demand", settings={"draft": 0, "run_ahead": 1}),
+    # Any node may be needed at any layer then.
+    Variant(name="drafts", settings={"draft": 3, "run_ahead": 8, "group_size": None}),
+    Variant(name="on-demand-feedback", settings={"draft": 0, "run_ahead": 1, "feedback": True}),
     Variant(name="on-demand-late", settings=_late("1", "1")),
     Variant(name="token-only", settings=_late("1", "off")),
     Variant(name="kv-only", settings=_late("off", "1")),

@@ -20,6 +20,9 @@ from odmoe_wire.placement import group_of, place
 
 # A request is late after this many times what such a request has taken lately.
 LATE_FACTOR = 8.0
+# A request that took more than this many times what is typical, and more than so long, is no measure for others.
+FAR_OFF = 3.0
+FAR_OFF_S = 0.02
 # Fewer rows of a prompt are not worth a message of their own.
 PARCEL_ROWS = 32
 MAX_REMEMBERED_SEQUENCES = 1024
@@ -356,8 +359,8 @@ class Dispatch:
         rest_s = max(0.0, took_s - compute_s)
         if not self._typical_expert_s:  # nothing is known yet: the first one says more than nothing does
             self._typical_expert_s = rest_s / max(1, len(result.timings))
-        self._typical_row_s += 0.1 * (compute_s / max(1, num_rows) - self._typical_row_s)
-        self._typical_expert_s += 0.1 * (rest_s / max(1, len(result.timings)) - self._typical_expert_s)
+        self._typical_row_s = _learned(self._typical_row_s, compute_s / max(1, num_rows))
+        self._typical_expert_s = _learned(self._typical_expert_s, rest_s / max(1, len(result.timings)))
 
     def _patience_s(self, num_experts: int, num_rows: int) -> float:
         expected_s = self._typical_expert_s * num_experts + self._typical_row_s * num_rows
@@ -410,6 +413,12 @@ def _placed(layer: int, experts: Iterable[int], members: list[Member], config: C
         num_layers=config.num_layers,
         placing=config.placing,
     )
+
+
+def _learned(typical_s: float, took_s: float) -> float:
+    """The moving average after one more sample. One that is far off counts only so much: with one slow node among
+    several, patience stays that for the others, and the slow one is late."""
+    return typical_s + 0.1 * (min(took_s, max(FAR_OFF * typical_s, FAR_OFF_S)) - typical_s)
 
 
 def _parcels(by_node: Mapping[str, list[int]], counts: Mapping[int, int]) -> list[tuple[str, list[int]]]:

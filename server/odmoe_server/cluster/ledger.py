@@ -1,4 +1,4 @@
-"""What the cluster did, in numbers for people who watch it. Pure; decides nothing and knows neither time nor tensors."""
+"""What the cluster did, in numbers for people who watch it. Pure; decides nothing, knows neither time nor tensors."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping

@@ -60,6 +60,13 @@ class Peer:
     report: SlotReport | None = None
     shadow_report: ShadowReport | None = None
 
+    def reported(self, message: SlotReport | ShadowReport) -> None:
+        """It told how it is."""
+        if isinstance(message, SlotReport):
+            self.report = message
+        else:
+            self.shadow_report = message
+
 
 @dataclass(kw_only=True)
 class Peers:

@@ -118,22 +118,17 @@ class ClusterState:
         peer_id = peer.hello.peer_id
         match message:
             case Result():
-                if self.config.mode == "importance":
-                    self.residency.reported(peer_id, message.held)
+                self._holds(peer_id, message)
                 return self.dispatch.result(peer_id, message, now=now)
             case Loaded():
                 self.residency.costs.loaded(message.load_s)
-                if self.config.mode == "importance":
-                    self.residency.reported(peer_id, message.held)
+                self._holds(peer_id, message)
                 return []
             case Schedule() | Rollback():
                 self._forecast(peer, epoch, message)
                 return []
-            case SlotReport():
-                peer.report = message
-                return []
-            case ShadowReport():
-                peer.shadow_report = message
+            case SlotReport() | ShadowReport():
+                peer.reported(message)
                 return []
             case ComputeFailed():
                 text = f"node {peer_id} could not compute: {message.code}: {message.reason}"
@@ -148,6 +143,10 @@ class ClusterState:
                 return [Note(level="warning", text=f"{peer_id} did not accept a message: {message.reason}")]
             case _:  # heartbeats have served as life signs
                 return []
+
+    def _holds(self, peer_id: str, message: Result | Loaded) -> None:
+        if self.config.mode == "importance":
+            self.residency.reported(peer_id, message.held)
 
     def _forecast(self, peer: Peer, epoch: int, message: Schedule | Rollback) -> None:
         """Nodes drop forecasts placed by an older view, so they must not count here either. A draft has no place."""

@@ -58,7 +58,7 @@ class EngineOptions:
     keys: CurveKeys | None = None
     timeline: Path | None = None
     trace: Path | None = None
-    prefill_chunk: int | None = 512
+    prefill_chunk: int | None = 256
     slot_mode: SlotMode = "on-demand"
     draft: int = 0
     max_running: int = 16

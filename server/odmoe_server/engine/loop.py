@@ -160,14 +160,15 @@ class DecodeLoop:
             if len(self._queue) >= self._limits.max_queued and not self._has_room():
                 raise QueueFull(f"{len(self._queue)} requests are waiting already", retry_after_s=2.0)
             self._last_sequence_id += 1
-            end_ids = frozenset() if request.sampling.ignore_eos else self._limits.end_ids
+            end_ids = request.sampling.stop_token_ids
+            end_ids |= frozenset() if request.sampling.ignore_eos else self._limits.end_ids
             sequence = Sequence(
                 sequence_id=self._last_sequence_id,
                 request=request,
                 outbox=outbox,
-                end_ids=end_ids | request.sampling.stop_token_ids,
+                end_ids=end_ids,
                 cache=self._loaded.new_cache(),
-                sampler=Sampler(request.sampling),
+                sampler=Sampler(request.sampling, end_ids=end_ids),
                 prefill_chunk=self._loaded.prefill_chunk,
                 may_go_back=self._loaded.draft > 0,
                 alpha=self._loaded.alpha_of(request),
@@ -204,7 +205,9 @@ class DecodeLoop:
         self._room.budget_bytes = loaded.kv_budget_bytes
         longest = loaded.kv_size.positions_in(loaded.kv_budget_bytes, most=self._limits.context_length)
         if longest < self._limits.context_length:
-            log.warning("keys and values have room for %d positions, not for the model's %d", longest, self._context_length)
+            log.warning(
+                "keys and values have room for %d positions, not for the model's %d", longest, self._context_length
+            )
         self._context_length = longest
         if loaded.prefix_cache and loaded.prefill_chunk is not None:
             self._prefix = PrefixCache(

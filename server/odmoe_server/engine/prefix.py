@@ -66,7 +66,9 @@ class PrefixCache:
             return
         for key in [key for key in self._heads if key[0] == tenant and ids[: len(key[1])] == key[1]]:
             del self._heads[key]  # the new one begins with it
-        self._heads[tenant, ids] = Head(ids=ids, layers=tuple(_copy(layer) for layer in cache.layers), size_bytes=size_bytes)
+        self._heads[tenant, ids] = Head(
+            ids=ids, layers=tuple(_copy(layer) for layer in cache.layers), size_bytes=size_bytes
+        )
         self.shrink(self.budget_bytes)
 
     def shrink(self, most_bytes: int) -> None:

@@ -73,9 +73,7 @@ class Stepper:
         most = min(most, sequence.draft_room)
         if most <= 0:
             return
-        said = self._cluster.drafts(
-            sequence.sequence_id, sequence.position + 1, most, behind=sequence.fresh_ids[0]
-        )
+        said = self._cluster.drafts(sequence.sequence_id, sequence.position + 1, most, behind=sequence.fresh_ids[0])
         sequence.draft_ids = list(said)
 
     def _align(self, sequence: Sequence) -> Wants:

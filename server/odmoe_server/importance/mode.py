@@ -1,7 +1,7 @@
 """Importance mode as the decode loop meets it: at each MoE layer the rules of this package, applied to what is known.
 
-Knows gates, lanes and where experts lie; sends nothing but wishes to fetch ahead. Prompts are served as the gates chose:
-nearly all experts are active there, and what they leave in the cache of keys and values stays exact.
+Knows gates, lanes and where experts lie; sends nothing but wishes to fetch ahead. Prompts are served as the gates
+chose: nearly all experts are active there, and what they leave in the cache of keys and values stays exact.
 
 T token rows of a lane, K experts a token, E experts, N rows of one expert, H hidden size.
 """

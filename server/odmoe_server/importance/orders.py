@@ -10,9 +10,9 @@ from odmoe_wire.messages import ExpertRef
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """`calls`: the choices that are served, one a lane. `where`: expert -> node; `leaving`: node -> which of its experts
-    go first if it needs room. `host`: experts the server computes itself. `replaced`: of each lane, the experts others
-    stand in for. `scores`: of all experts, in each lane."""
+    """`calls`: the choices that are served, one a lane. `where`: expert -> node; `leaving`: node -> which of its
+    experts go first if it needs room. `host`: experts the server computes itself. `replaced`: of each lane, the experts
+    others stand in for. `scores`: of all experts, in each lane."""
 
     calls: Sequence[ExpertsCall]
     where: Mapping[int, str]

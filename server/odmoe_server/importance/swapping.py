@@ -54,9 +54,7 @@ def serve(
 
 def choices_of(routed: Routed) -> list[Choice]:
     """Each row as the rules see it."""
-    rows = zip(
-        routed.index_TK.tolist(), routed.scores.score_TE.tolist(), routed.scores.weight_TE.tolist(), strict=True
-    )
+    rows = zip(routed.index_TK.tolist(), routed.scores.score_TE.tolist(), routed.scores.weight_TE.tolist(), strict=True)
     return [
         Choice(experts=tuple(experts), scores=scores, weights=weights, alpha=routed.alpha, max_weight=routed.max_weight)
         for experts, scores, weights in rows

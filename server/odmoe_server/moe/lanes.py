@@ -53,7 +53,9 @@ Meeting = Callable[[Sequence[Lane], Sequence[ExpertsCall]], list[torch.Tensor]]
 
 def meet(call: ExpertsCall) -> torch.Tensor:
     """Handler of the experts' seam within a lane: waits until all lanes have come to the layer."""
-    return cast(torch.Tensor, getcurrent().parent.switch(call))
+    step = getcurrent().parent
+    assert step is not None, "the model runs within run_lanes"
+    return cast(torch.Tensor, step.switch(call))
 
 
 @torch.inference_mode()
@@ -85,7 +87,7 @@ def _forward(model: PreTrainedModel, lane: Lane) -> torch.Tensor:
     return logits_V
 
 
-class LaneCache(Cache):
+class LaneCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A sequence's cache as one lane sees it: as long as it was when all earlier positions, and no later ones, had
     gone through. The layers are the sequence's own."""
 
@@ -99,7 +101,8 @@ class LaneCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Cache.update`."""
         self._grown[layer_idx] = key_states.shape[-2]
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        grown: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return grown
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """See `Cache.get_seq_length`: before the layer, without this lane's tokens."""

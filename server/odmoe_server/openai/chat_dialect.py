@@ -7,7 +7,17 @@ from odmoe_server.answering import Answer
 from odmoe_server.assembly import Piece
 from odmoe_server.generation import Ending
 from odmoe_server.openai.logprobs import chat_logprobs
-from odmoe_server.openai.render import DONE, Extras, Letterhead, error_event, event, finish, substitutions, to_json, usage
+from odmoe_server.openai.render import (
+    DONE,
+    Extras,
+    Letterhead,
+    error_event,
+    event,
+    finish,
+    substitutions,
+    to_json,
+    usage,
+)
 from odmoe_server.openai.tools_chat import ChatCalls
 from odmoe_server.openai.tools_format import ToolFormat
 from odmoe_server.text import TextCodec

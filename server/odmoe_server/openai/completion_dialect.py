@@ -8,7 +8,17 @@ from odmoe_server.assembly import Piece
 from odmoe_server.engine_api import Token
 from odmoe_server.generation import Ending
 from odmoe_server.openai.logprobs import completion_logprobs
-from odmoe_server.openai.render import DONE, Extras, Letterhead, error_event, event, finish, substitutions, to_json, usage
+from odmoe_server.openai.render import (
+    DONE,
+    Extras,
+    Letterhead,
+    error_event,
+    event,
+    finish,
+    substitutions,
+    to_json,
+    usage,
+)
 from odmoe_server.text import TextCodec
 
 

@@ -8,6 +8,7 @@ from odmoe_server.openai.responses_schemas import (
     CallItem,
     Item,
     MessageItem,
+    NamedTool,
     OutputItem,
     ResponsesRequest,
     TextFormat,
@@ -39,9 +40,10 @@ def chat_body(asked: ResponsesRequest, *, messages: ChatMessages) -> dict[str, A
             {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
             for tool in asked.tools
         ]
-    if asked.tool_choice is not None:
-        named = not isinstance(asked.tool_choice, str)
-        choice = {"type": "function", "function": {"name": asked.tool_choice.name}} if named else asked.tool_choice
+    choice = asked.tool_choice
+    if isinstance(choice, NamedTool):
+        body["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    elif choice is not None:
         body["tool_choice"] = choice
     if asked.parallel_tool_calls is not None:
         body["parallel_tool_calls"] = asked.parallel_tool_calls

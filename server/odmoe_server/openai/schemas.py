@@ -48,16 +48,6 @@ class ChatMessage(Body):
             return ""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
-    @model_validator(mode="after")
-    def _tools_where_they_belong(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only messages of role 'assistant' have 'tool_calls'")
-        if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError("messages of role 'tool', and no others, have a 'tool_call_id'")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("'content' is missing")
-        return self
-
 
 Messages = Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
 
@@ -152,6 +142,7 @@ def _checked_message(message: Any, where: str) -> Any:
             "Messages of role 'function' are not supported by this server, only the newer 'tool'.",
             param=f"{where}.role",
         )
+    _check_tools(message, where)
     content = message.get("content")
     for i, part in enumerate(content if isinstance(content, list) else []):
         kind = part.get("type") if isinstance(part, dict) else "text"
@@ -161,6 +152,20 @@ def _checked_message(message: Any, where: str) -> Any:
                 param=f"{where}.content[{i}].type",
             )
     return message
+
+
+def _check_tools(message: dict[str, Any], where: str) -> None:
+    """Calls, their results and contents where they belong. What has a wrong type is pydantic's to refuse."""
+    role = message.get("role")
+    if role not in ("system", "developer", "user", "assistant", "tool"):
+        return
+    if message.get("tool_calls") and role != "assistant":
+        raise InvalidRequest("Only messages of role 'assistant' have 'tool_calls'.", param=f"{where}.tool_calls")
+    if (message.get("tool_call_id") is None) == (role == "tool"):
+        text = "Messages of role 'tool', and no others, have a 'tool_call_id'."
+        raise InvalidRequest(text, param=f"{where}.tool_call_id")
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise InvalidRequest(f"'{where}.content' is missing.", param=f"{where}.content")
 
 
 # One prompt or several; each a text or tokens.

@@ -14,8 +14,10 @@ from pydantic import Discriminator, Field, StringConstraints, Tag
 from odmoe_server.openai.body import Body
 from odmoe_server.openai.errors import InvalidRequest
 
-MAX_SCHEMA_BYTES: Final = 128 * 1024
 MAX_SCHEMA_DEPTH: Final = 64
+# Of values and patterns: what a long one costs grows with its square.
+MAX_LITERAL_CHARS: Final = 4096
+_LITERALS: Final = ("const", "enum", "pattern")
 # One space, or a new line with its indentation, and never more of it: a model cannot get lost in whitespace.
 WHITESPACE: Final = r"( |\n {0,16})?"
 
@@ -78,21 +80,34 @@ def schema_of(form: PlainText | AnyObject | OfSchema | None) -> JsonSchema | Non
     return None
 
 
-def enforceable(schema: JsonSchema, *, param: str, lenient: bool = False) -> str:
+def enforceable(schema: JsonSchema, *, param: str, max_bytes: int, lenient: bool = False) -> str:
     """The schema as llguidance takes it, with our rules of whitespace. Raises `InvalidRequest`, naming `param`, if it
     is too large or too deep."""
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise InvalidRequest(f"'{param}' is nested more than {MAX_SCHEMA_DEPTH} levels deep.", param=param)
-    options = {"whitespace_pattern": WHITESPACE, **({"lenient": True} if lenient else {})}
+    if _longest_literal(schema) > MAX_LITERAL_CHARS:
+        raise InvalidRequest(f"'{param}' has a value longer than {MAX_LITERAL_CHARS} characters.", param=param)
+    options = {"whitespace_pattern": WHITESPACE, **({"lenient": True, "coerce_one_of": True} if lenient else {})}
     text = json.dumps({**schema, "x-guidance": options})
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise InvalidRequest(f"'{param}' is larger than {MAX_SCHEMA_BYTES} bytes.", param=param)
+    if len(text) > max_bytes:
+        raise InvalidRequest(f"'{param}' is larger than {max_bytes} bytes.", param=param)
     return text
 
 
-def grammar_of_schema(schema: JsonSchema, *, param: str) -> str:
+def grammar_of_schema(schema: JsonSchema, *, param: str, max_bytes: int) -> str:
     """An answer that is JSON of this schema and nothing else, in llguidance's notation."""
-    return f"%llguidance {{}}\nstart: %json {enforceable(schema, param=param)}\n"
+    return f"%llguidance {{}}\nstart: %json {enforceable(schema, param=param, max_bytes=max_bytes)}\n"
+
+
+def _longest_literal(value: Any, *, is_literal: bool = False) -> int:
+    """Characters of the longest text that an answer may have to repeat; of a value that is not too deep."""
+    if isinstance(value, str):
+        return len(value) if is_literal else 0
+    if isinstance(value, dict):
+        longest = (_longest_literal(item, is_literal=is_literal or key in _LITERALS) for key, item in value.items())
+        return max(longest, default=0)
+    items = value if isinstance(value, list) else ()
+    return max((_longest_literal(item, is_literal=is_literal) for item in items), default=0)
 
 
 def _depth(value: Any) -> int:

@@ -39,6 +39,11 @@ class Tool(Body):
     type: Literal["function"]
     function: Function
 
+    @property
+    def schema_(self) -> JsonSchema:
+        """Of the arguments, which are an object."""
+        return {**self.function.schema_, "type": "object"}
+
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it."""
         function: dict[str, Any] = {"name": self.function.name}
@@ -144,14 +149,25 @@ class ToolOptions(Body):
 
 
 def grammar_of_calls(
-    options: ToolOptions, form: ToolFormat, *, otherwise: JsonSchema | None = None, param: str = "response_format"
+    options: ToolOptions,
+    form: ToolFormat,
+    *,
+    max_bytes: int,
+    otherwise: JsonSchema | None = None,
+    param: str = "response_format",
 ) -> str:
     """Calls of the tools that may be called, in llguidance's notation: from the answer's beginning if it must call or
     may be JSON of the schema `otherwise` (the field `param`), else from behind the format's trigger."""
     from_beginning = options.must_call or otherwise is not None
     begin = form.begin if from_beginning else form.begin.removeprefix(form.trigger)
-    json_ = "" if otherwise is None or options.must_call else f" | %json {enforceable(otherwise, param=param)}"
-    rules = [_rule(i, tool, options.tools.index(tool), form) for i, tool in enumerate(options.callable)]
+    json_ = ""
+    if otherwise is not None and not options.must_call:
+        json_ = f" | %json {enforceable(otherwise, param=param, max_bytes=max_bytes)}"
+    rules = []
+    for i, tool in enumerate(options.callable):
+        param = f"tools[{options.tools.index(tool)}].function.parameters"
+        schema = enforceable(tool.schema_, param=param, max_bytes=max_bytes, lenient=not tool.function.strict)
+        rules.append(f"tool_{i}: {_quoted(tool.function.name + form.middle)} %json {schema}")
     more = options.most_calls - 1
     repeated = f" ({_quoted(form.between)} call){{0,{more}}}" if more else ""
     return "\n".join(
@@ -163,13 +179,6 @@ def grammar_of_calls(
             "",
         ]
     )
-
-
-def _rule(number: int, tool: Tool, position: int, form: ToolFormat) -> str:
-    param = f"tools[{position}].function.parameters"
-    function = tool.function
-    schema = enforceable({**function.schema_, "type": "object"}, param=param, lenient=not function.strict)
-    return f"tool_{number}: {_quoted(function.name + form.middle)} %json {schema}"
 
 
 def check_schemas(tools: Sequence[Tool]) -> None:

@@ -18,8 +18,9 @@ from odmoe_server.text import TextCodec, TextError
 class ToolKit:
     """Of one model. What is learnt of its chat template and its vocabulary is learnt at the first use."""
 
-    def __init__(self, text: TextCodec) -> None:
+    def __init__(self, text: TextCodec, *, max_schema_bytes: int) -> None:
         self._text = text
+        self._max_bytes = max_schema_bytes
         self._grammars = Grammars(text.backend, end_ids=text.end_ids)
         self._form: ToolFormat | None = None
 
@@ -50,10 +51,10 @@ class ToolKit:
         Raises `InvalidRequest` for what cannot be enforced, naming the field."""
         check_schemas(options.callable)
         if not options.callable:
-            return None if schema is None else await self._compiled(grammar_of_schema(schema, param=param), param)
+            return None if schema is None else await self._of_schema(schema, param)
         form = await self.form()
         begins_free = not options.must_call and schema is None
-        grammar = grammar_of_calls(options, form, otherwise=schema, param=param)
+        grammar = grammar_of_calls(options, form, max_bytes=self._max_bytes, otherwise=schema, param=param)
         try:
             return await self._grammars.compile(grammar, trigger=form.trigger if begins_free else "")
         except GrammarError as error:
@@ -64,9 +65,13 @@ class ToolKit:
         for tool in options.callable:
             position = options.tools.index(tool)
             alone = ToolOptions(tools=(tool,), choice="required", parallel=False)
-            await self._compiled(grammar_of_calls(alone, await self.form()), f"tools[{position}].function.parameters")
+            grammar = grammar_of_calls(alone, await self.form(), max_bytes=self._max_bytes)
+            await self._compiled(grammar, f"tools[{position}].function.parameters")
         if schema is not None:
-            await self._compiled(grammar_of_schema(schema, param=param), param)
+            await self._of_schema(schema, param)
+
+    async def _of_schema(self, schema: JsonSchema, param: str) -> Constraint:
+        return await self._compiled(grammar_of_schema(schema, param=param, max_bytes=self._max_bytes), param)
 
     async def _compiled(self, grammar: str, param: str) -> Constraint:
         try:

@@ -110,7 +110,7 @@ def forecast_of(record: BenchRecord, row: RecordedRow) -> Forecast:
     """How a row's experts are forecast. Raises ValueError where the model or the record does not say."""
     forecast = FORECASTS.get(row.variant)
     if forecast is None:
-        raise ValueError("the model does not know this variant")
+        raise ValueError("the model does not know this variant: its steps take one token of one sequence")
     if row.link_ratio is None:
         raise ValueError("the row has no link_ratio")
     if forecast.source == "shadow":

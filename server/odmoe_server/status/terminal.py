@@ -14,7 +14,10 @@ from odmoe_server.status.feed import NodeLine, Status
 # The feed speaks twice a second.
 SILENCE_S = 10.0
 MOST_CELLS = 32
+NOTHING_YET = "-"
 STORY_SHOWN = 5
+# What peers say must not move the cursor or set the window's title.
+_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)])
 
 
 class StatusError(ValueError):
@@ -87,7 +90,7 @@ def _figures(status: Status) -> Table:
         "stall a token": _time(status.stall_s_per_token),
         "time of a load": _time(status.load_s),
         "loads a second": f"{status.loads_per_s:.1f}",
-        "shadow is ahead": "–" if status.lead_layers is None else f"{status.lead_layers} layers",
+        "shadow is ahead": NOTHING_YET if status.lead_layers is None else f"{status.lead_layers} layers",
         "drafts accepted": _percent(status.accepted / status.drafted if status.drafted else None),
         "failovers": str(status.failovers),
     }
@@ -130,14 +133,14 @@ def _cells(node: NodeLine) -> Text:
 
 def _story(status: Status) -> list[Text]:
     lately = status.story[: -STORY_SHOWN - 1 : -1]
-    return [Text.assemble((f"{line.ago_s:6.0f} s ago  ", "dim"), line.text) for line in lately]
+    return [Text.assemble((f"{line.ago_s:6.0f} s ago  ", "dim"), line.text.translate(_CONTROLS)) for line in lately]
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return NOTHING_YET if share is None else f"{100 * share:.1f} %"
 
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
-        return "–"
+        return NOTHING_YET
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"

@@ -25,7 +25,7 @@ NODES: Final = 2
 BATCHES: Final = (1, 3)
 NAME: Final = "bench"
 _NO_CORES: Final = Cores(main=None, beside=None)
-_COMMON: Final[dict[str, Any]] = {"predictor": False, "mode": IMPORTANCE}
+_COMMON: Final[dict[str, Any]] = {"predictor": False, "mode": IMPORTANCE, "prefetch": "gate"}
 
 
 @dataclass(frozen=True, kw_only=True)

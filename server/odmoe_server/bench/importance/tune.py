@@ -53,8 +53,9 @@ class TuneSettings(ServeSettings):
             raise ValueError("alpha means something in importance mode only: add --mode importance")
         if len(set(self.alphas)) < 2:
             raise ValueError("--alphas: a curve needs two alphas at least")
-        if min(self.alphas) < 0 or max(self.alphas) > self.max_alpha:
-            raise ValueError(f"--alphas are from 0 to --max-alpha, {self.max_alpha:g}")
+        most = 1.0 if self.max_alpha is None else self.max_alpha
+        if min(self.alphas) < 0 or max(self.alphas) > most:
+            raise ValueError(f"--alphas are from 0 to --max-alpha, {most:g}")
         return self
 
 
