@@ -4,7 +4,7 @@ For health checks of processes that listen to nobody: the file's age tells. Know
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +29,11 @@ class PulsingLink:
     def protocol_errors(self) -> int:
         """See `Link`."""
         return self._link.protocol_errors
+
+    @property
+    def bad_messages(self) -> Mapping[str, int]:
+        """See `Link`."""
+        return self._link.bad_messages
 
     @property
     def socket(self) -> "zmq.Socket[bytes] | None":

@@ -30,13 +30,14 @@ def store_and_expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Expert
 
 
 def ready_cluster(
-    store: ExpertStore, *, slots: tuple[int, ...] = (4, 3), predictor: bool = False, **importance: Any
+    store: ExpertStore, *, slots: tuple[int, ...] = (4, 3), predictor: bool = False, draft: int = 0, **importance: Any
 ) -> LoopbackCluster:
-    options = EngineOptions(endpoint="inproc://unused", prefill_chunk=16, importance=ImportanceOptions(**importance))
+    told = ImportanceOptions(**importance)
+    options = EngineOptions(endpoint="inproc://unused", prefill_chunk=16, draft=draft, importance=told)
     cluster = LoopbackCluster(store, options=options)
     members = [f"n{number}" for number in range(len(slots))]
     if predictor:
-        cluster.add_predictor()
+        cluster.add_predictor(run_ahead=8 if draft else 0)
     for peer_id, num_slots in zip(members, slots, strict=True):
         cluster.add_node(peer_id, slots=num_slots, predictor=predictor)
     cluster.await_members(*members, *(["predictor"] if predictor else []))
@@ -66,6 +67,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "no prefetch": {"prefetch": "off"},
     "the host's share": {"cpu_share": True},
     "with a predictor": {"predictor": True},
+    "with drafts": {"predictor": True, "draft": 3},
     "by the forecast": {"predictor": True, "eviction": "forecast"},
     "fetched by the gate": {"predictor": True, "prefetch": "gate"},
     "one slot a node": {"slots": (1, 1)},

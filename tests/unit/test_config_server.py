@@ -77,7 +77,7 @@ def test_alignment_periods_reach_the_engine(argv: list[str], periods: Periods) -
 
 def test_prefill_and_slots_reach_the_engine() -> None:
     options = engine_options(load(ServerSettings, [], prog="x"))
-    assert (options.prefill_chunk, options.periods.prompt, options.slot_mode) == (512, "full", "on-demand")
+    assert (options.prefill_chunk, options.periods.prompt, options.slot_mode) == (256, "full", "on-demand")
     argv = ["--prefill-chunk", "64", "--prompt-kv", "own", "--slot-mode", "lru"]
     options = engine_options(load(ServerSettings, argv, prog="x"))
     assert (options.prefill_chunk, options.periods.prompt, options.slot_mode) == (64, "own", "lru")

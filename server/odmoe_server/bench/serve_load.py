@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import httpx
 import numpy as np
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def client(url: str) -> "AsyncOpenAI":
         api_key="none",
         max_retries=0,
         timeout=ANSWER_S,
-        http_client=httpx.AsyncClient(trust_env=False, timeout=ANSWER_S),
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False, timeout=ANSWER_S),
     )
 
 

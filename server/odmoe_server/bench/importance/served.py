@@ -185,6 +185,6 @@ def _facts(
         "notes": [
             f"{SERVED}: {name}, server and {NODES} nodes as processes on this machine, nothing pinned; on each "
             f"node's emulated link a load takes {load_ratio:g} times a layer's {1e3 * layer_s:.2f} ms; {tokens} tokens "
-            f"of each answer; answers at alpha 0 were {'those' if exact else 'NOT those'} of LRU, character for character",
+            f"of each answer; at alpha 0 they were {'those' if exact else 'NOT those'} of LRU, character for character",
         ],
     }

@@ -27,9 +27,9 @@ was new. Heat makes this process faster, which is why batteries should be kept c
 brother. He looked at the clock above the stove. It was already half past ten, and the last train left at eleven. "One
 of us has to go back and check, then," she said. "It should be you, because you have the key." He laughed and shook his
 head. "I gave you the key this morning, don't you remember? You said that I lose everything." Martha opened her purse
-and began to search. She found two tickets, a pencil, an old letter, and a handful of coins, but no key. "I was sure that
-I had it," she said quietly. Then they both heard a sound from the hall, and somebody turned the handle of the front
-door.""",
+and began to search. She found two tickets, a pencil, an old letter, and a handful of coins, but no key. "I was sure
+that I had it," she said quietly. Then they both heard a sound from the hall, and somebody turned the handle of the
+front door.""",
     """\
 def moving_average(values, width):
     \"\"\"Return the average of each run of `width` neighbouring values.\"\"\"
