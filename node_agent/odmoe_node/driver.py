@@ -335,9 +335,9 @@ class NodeAgent:
         actions = self.state.handle(event, now)
         for action in actions:
             self._act(action)
-        if len(self._mentions) >= MAX_MENTIONS or any(isinstance(action, Answer) for action in actions):
-            self._mention(now)
-        elif self._mentions and self.state.tells_held:  # who decides by what is in the slots must not wait for it
+        # Who decides by what is in the slots must not wait for it.
+        is_urgent = bool(self._mentions) and self.state.tells_held
+        if is_urgent or len(self._mentions) >= MAX_MENTIONS or any(isinstance(action, Answer) for action in actions):
             self._mention(now)
 
     def _act(self, action: Action) -> None:

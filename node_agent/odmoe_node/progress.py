@@ -25,7 +25,6 @@ class Block:
     layer: int
     width: int
     step: int
-    is_prompt: bool
 
     def is_past(self, *, last: int, layer: int) -> bool:
         """Whether the gates have spoken for all positions up to `last` at the layer."""
@@ -97,7 +96,7 @@ class Progress:
         if before is not None and before.step == block.step:
             # Without what was rolled back meanwhile: this word may have been on its way.
             block = replace(before, layer=block.layer)
-        elif before is not None and block.is_prompt and block.first < before.first:
+        elif before is not None and block.first < before.first:
             return block  # another part of the prompt is ahead of this one
         elif before is not None and block.first == before.first:
             block = replace(block, last=max(block.last, before.last), layer=max(block.layer, before.layer))
@@ -126,5 +125,4 @@ def _block(spans: Sequence[Span], *, layer: int, step: int) -> Block:
         layer=layer,
         width=len(spans),
         step=step,
-        is_prompt=any(span.length > 1 for span in spans),
     )

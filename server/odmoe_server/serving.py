@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio.to_thread
 import uvicorn
@@ -196,7 +196,7 @@ def importance_options(settings: ServingSettings) -> ImportanceOptions | None:
     """What importance mode was told, its own defaults for the rest; None in another mode."""
     if settings.mode != "importance":
         return None
-    told = {
+    told: dict[str, Any] = {
         "alpha": settings.alpha,
         "max_alpha": settings.max_alpha,
         "max_weight": settings.max_substituted_weight,

@@ -12,6 +12,7 @@ from odmoe_server.engine_api import ExpertStats
 from odmoe_server.importance.history import Key
 from odmoe_server.importance.mode import PATIENCE_S
 from odmoe_server.importance.options import ImportanceOptions
+from odmoe_wire.messages import Result
 from support.loopback_cluster import LoopbackCluster
 from support.reference import reference_tokens
 from support.stores import tiny_store
@@ -163,13 +164,15 @@ def test_what_a_late_node_has_is_replaced_where_the_client_allows_it(
 
 
 def _with_a_late_node(store: ExpertStore, *, alpha: float) -> tuple[list[int], float, ExpertStats]:
-    """Tokens, the longest time from one to the next, and statistics, where one of two nodes stops in the midst."""
+    """Tokens, the longest time from one to the next, and statistics, where one of two nodes lives on but gives no
+    answer any more."""
     cluster = ready_cluster(store, alpha=alpha, slots=(12, 12))
     times_s: list[float] = []
 
     def on_token(count: int) -> None:
         times_s.append(cluster.network.clock())
-        cluster.roles["n1"].paused = count >= 3
+        if count == 3:
+            cluster.network.link_fault("n1", "server", drop=lambda message: isinstance(message, Result))
 
     tokens, stats = cluster.generate(PROMPT, max_tokens=NUM_TOKENS, on_token=on_token)
     return tokens, max(later - earlier for earlier, later in pairwise(times_s)), stats

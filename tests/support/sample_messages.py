@@ -85,9 +85,7 @@ SAMPLES: dict[type, tuple[m.AnyMessage, tuple[Blob, ...]]] = {
         ),
         (m.LoadFailed(layer=1, expert=5, reason="no memory"), ()),
         (
-            m.Result(
-                request_id=3, layer=1, timings=[m.ExpertTiming(5, "late", 0.5, 0.25)], held=[m.ExpertRef(1, 5)]
-            ),
+            m.Result(request_id=3, layer=1, timings=[m.ExpertTiming(5, "late", 0.5, 0.25)], held=[m.ExpertRef(1, 5)]),
             (_ROWS_TH,),
         ),
         (m.ComputeFailed(request_id=3, code="expired", reason="too late"), ()),

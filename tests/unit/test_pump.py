@@ -37,6 +37,12 @@ class Source:
             self.closed = True
 
 
+async def drain(pump: Pump[object]) -> None:
+    """Take all there is, for ever."""
+    while True:
+        await pump.take(within_s=None)
+
+
 def test_items_come_with_their_sources_number() -> None:
     async def scenario() -> None:
         pump = Pump([Source("a", "b").read(), Source("c", None).read()])
@@ -99,8 +105,7 @@ def test_a_source_that_takes_too_long(items: tuple[object, ...], kind: type[Exce
         source = Source(*items)
         pump = Pump([source.read()], first_s=0.01, rest_s=0.02)
         with pytest.raises(kind):
-            while True:
-                await pump.take(within_s=None)
+            await drain(pump)
         await pump.aclose()
         assert source.closed
 

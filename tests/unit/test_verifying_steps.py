@@ -51,7 +51,8 @@ def assert_nothing_left(cluster: Verifying) -> None:
     assert not any((dispatch.calls, dispatch.requests, dispatch.forecasts, dispatch.unforeseen, dispatch._at))
     for node in cluster.nodes.values():
         assert (node.held, node.state.num_wants, node.state.num_requests) == (set(), 0, 0)
-        assert not node.state._wants._progress._begins.get(1)
+        progress = node.state._wants._progress
+        assert progress._blocks.get(1) is progress._begins.get(1) is None
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=6)

@@ -95,7 +95,7 @@ class Importance:
         replaced: list[frozenset[int]] = [frozenset() for _ in lanes]
         if not lanes[0].is_prompt:
             calls, replaced = self._substitute(lanes, calls, scores, at_hand)
-        needed = {expert for call in calls for expert in call.index_TK.unique().tolist()}
+        needed = {expert for call in calls for row in call.index_TK.tolist() for expert in row}
         places = self._residency.places(layer, needed)
         missing = needed.difference(at_hand)
         host = () if lanes[0].is_prompt else self._host_share(missing, scores, places)

@@ -153,7 +153,7 @@ class RemoteExperts:
             return
         # A copy: a blob lends its memory, and the model may go on in place.
         blobs = [] if lane.wants == "routings" else [to_blob(call.x_TH.clone())]
-        experts = call.index_TK.unique().tolist()
+        experts = sorted({expert for row in call.index_TK.tolist() for expert in row})
         self.cluster.post(Routed(span=lane.span, layer=call.layer, experts=experts), blobs=blobs)
 
 
