@@ -200,9 +200,7 @@ def _by_layer(
 ) -> list[tuple[Any, CacheLayer, list[Tensor]]]:
     """Each layer of the cache, what comes for it, and the tensors that brings."""
     left = iter(tensors)
-    return [
-        (layer, entry, list(islice(left, entry.blobs))) for layer, entry in zip(cache.layers, layers, strict=True)
-    ]
+    return [(layer, entry, list(islice(left, entry.blobs))) for layer, entry in zip(cache.layers, layers, strict=True)]
 
 
 @torch.inference_mode()

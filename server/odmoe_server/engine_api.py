@@ -221,8 +221,8 @@ class ClusterFigures:
 @dataclass(frozen=True, kw_only=True)
 class EngineHealth:
     """`state`: loading (weights), waiting (for nodes), ready, stopping, dead. `detail` is a sentence for a person.
-    `failures_total`: generations that ended for a reason nobody foresaw (a bug). Keys and values: what running sequences
-    may come to at most, what prompt heads take that may come again, and the budget for both."""
+    `failures_total`: generations that ended for a reason nobody foresaw (a bug). Keys and values: what running
+    sequences may come to at most, what prompt heads take that may come again, and the budget for both."""
 
     state: Literal["loading", "waiting", "ready", "stopping", "dead"]
     detail: str

@@ -80,6 +80,10 @@ class Ledger:
             if after_s - before_s > longer_than_s
         ]
 
+    def longest_silence_without_fault_s(self) -> float:
+        """What the machine itself costs: no recovery can be told from less."""
+        return max((s["silence_s"] for s in self.silences(longer_than_s=0.0) if not s["faults"]), default=0.0)
+
     def met_server_fault(self, asked: Asked) -> bool:
         """Whether the server itself was killed, paused or cut off while the request was under way."""
         return any(
@@ -110,6 +114,7 @@ class Ledger:
             "tokens": len(self.token_s),
             "server_recovery_s_p50": percentile(servers, 50),
             "server_recovery_s_p99": percentile(servers, 99),
+            "longest_silence_without_fault_s": self.longest_silence_without_fault_s(),
             **self.memory(),
         }
 

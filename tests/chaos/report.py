@@ -57,6 +57,8 @@ def _notes(ledger: Ledger, *, plan: Plan, took_s: float) -> list[str]:
         f"Recovery of faults of nodes, predictor and their links: p50 {found['recovery_s_p50']} s, p99 "
         f"{found['recovery_s_p99']} s; of the server's: p50 {found['server_recovery_s_p50']} s, p99 "
         f"{found['server_recovery_s_p99']} s.",
+        f"The longest silence that no fault touched was {found['longest_silence_without_fault_s']} s: so much the "
+        "machine itself may add.",
         f"Memory of the server in its longest life: {found.get('server_mb_early')} MB in its second quarter, "
         f"{found.get('server_mb_late')} MB in its last.",
     ]

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="odmoe-fuzz-") as scratch:
         store = chat_store(Path(scratch))
         done = sockets.run(count=options.sockets, seed=options.seed, store=store, home=Path(scratch))
-    record = _record(outcome, done, command=f"make fuzz ARGS='--messages {options.messages} --seed {options.seed}'")
+    record = _record(outcome, done, command="make fuzz")
     console.print(record.table())
     folder = options.out or results_directory()
     folder.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,10 @@ def test_served_on_emulated_devices_it_answers_as_transformers_does_at_the_speed
     prompt_ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     expected = reference_tokens(tmp_path / "checkpoint", prompt_ids, 24)
     assert text == tokenizer.decode(expected, skip_special_tokens=True)
-    taken_s, least_s = total(page, "expert_load_seconds_sum"), total(page, "expert_load_bytes_total") / (LINK_GBPS * 1e9)
+    taken_s, least_s = (
+        total(page, "expert_load_seconds_sum"),
+        total(page, "expert_load_bytes_total") / (LINK_GBPS * 1e9),
+    )
     assert least_s > 0.1
     assert taken_s >= 0.999 * least_s, "loads take the link's time"
 

@@ -206,7 +206,7 @@ class LoopbackCluster:
     def generate_together(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int
     ) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
-        """Greedy tokens of several sequences decoded together, and the logits_V each was chosen from. Each joins one step
+        """Greedy tokens of several sequences decoded together, and the logits_V each was chosen from. Each joins a step
         after the one before."""
         waiting = [self._generation(prompt_ids, max_tokens) for prompt_ids in prompts]
         everybody, running = list(waiting), list[Generation]()

@@ -58,8 +58,9 @@ class Dispatch:
     requests: dict[int, _Request] = field(default_factory=dict)
     # (sequence, position) -> layer -> forecast experts
     forecasts: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
-    # The same for what the gate chose and no forecast had named, to judge forecasts that come after it has spoken.
-    unforeseen: dict[tuple[int, int], dict[int, frozenset[int]]] = field(default_factory=dict)
+    # The same for what the gates chose and no forecast had named, to judge forecasts that come after they have spoken;
+    # one set for all spans of a step, since its experts are counted once.
+    unforeseen: dict[tuple[int, int], dict[int, set[int]]] = field(default_factory=dict)
     predicted_late_total: int = 0
     failovers_total: int = 0
     duplicates_total: int = 0
@@ -91,7 +92,7 @@ class Dispatch:
         key = (schedule.span.sequence, schedule.span.position)
         layers = self.unforeseen.get(key, {})
         if schedule.layer in layers:
-            named = layers[schedule.layer] & frozenset(schedule.experts)
+            named = layers[schedule.layer].intersection(schedule.experts)
             layers[schedule.layer] -= named
             self.predicted_late_total += len(named)
             return
@@ -168,8 +169,8 @@ class Dispatch:
         if call.is_prompt:
             return actions + self.prompt_loads.after(call, members, epoch=epoch)
         self.ledger.last = call.spans[0], call.layer
+        unforeseen = set(call.counts) - predicted
         for span in call.spans:
-            unforeseen = frozenset(call.counts) - predicted
             self.unforeseen.setdefault((span.sequence, span.position), {})[call.layer] = unforeseen
         return actions + self._release(call, predicted, members, used=set(assigned.values()), epoch=epoch)
 

@@ -40,10 +40,10 @@ from odmoe_wire.messages import SlotMode, ToServer
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """`group_size` None is as many nodes as a step may need experts of a layer. `max_context` cuts the model's own context length. `prefill_chunk`:
-    most tokens of a prompt that go through the model at once; None takes every prompt whole. `draft`: most guesses of
-    the shadow verified in one step. `kv_memory_bytes`: for keys and values of all sequences; None takes a share of what
-    is free."""
+    """`group_size` None is as many nodes as a step may need experts of a layer. `max_context` cuts the model's own
+    context length. `prefill_chunk`: most tokens of a prompt that go through the model at once; None takes every prompt
+    whole. `draft`: most guesses of the shadow verified in one step. `kv_memory_bytes`: for keys and values of all
+    sequences; None takes a share of what is free."""
 
     endpoint: str
     device: str = "cpu"

@@ -1,10 +1,11 @@
 """Keys and values of prompt heads that came before, to be used again by prompts that begin alike.
 
-Only whole chunks are shared: what a chunk leaves in the cache depends on its own tokens and those before it, to the bit,
-whereas another cut would round differently. So an answer does not depend on whether its head was found here. What one
-tenant sent is never found by another, or the time to the first token would tell what others asked.
+Only whole chunks are shared: what a chunk leaves in the cache depends on its own tokens and those before it, to the
+bit, whereas another cut would round differently. So an answer does not depend on whether its head was found here. What
+one tenant sent is never found by another, or the time to the first token would tell what others asked.
 
-Knows caches of growing keys and values; a model with windows or states has nothing that can be cut back and is not served.
+Knows caches of growing keys and values; a model with windows or states has nothing that can be cut back and is not
+served.
 """
 
 from collections import OrderedDict

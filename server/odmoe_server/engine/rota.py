@@ -1,7 +1,7 @@
 """Which of the running sequences the next step takes, and with how many guesses. Pure.
 
-A step is all prompts or all answers, in turns while there are both: so a long prompt holds up the answers that run by no
-more than one chunk at a time, and they hold it up by one token.
+A step is all prompts or all answers, in turns while there are both: so a long prompt holds up the answers that run by
+no more than one chunk at a time, and they hold it up by one token.
 """
 
 from collections.abc import Sequence as Batch

@@ -1,8 +1,8 @@
 """One step of the decode loop: the fresh tokens of each sequence through the model, and the shadow kept in line.
 
-Knows the stock transformers model, lanes, and the predictor's messages; knows no queue and no client. A step takes either
-chunks of prompts, or of each sequence the newest token and behind it tokens the shadow has guessed (drafts), which it
-verifies. Every one of these is a lane (see `moe.lanes`), so all share the experts that are loaded.
+Knows the stock transformers model, lanes, and the predictor's messages; knows no queue and no client. A step takes
+either chunks of prompts, or of each sequence the newest token and behind it tokens the shadow has guessed (drafts),
+which it verifies. Every one of these is a lane (see `moe.lanes`), so all share the experts that are loaded.
 
 V vocabulary.
 """
@@ -69,7 +69,7 @@ class Stepper:
                     self._trace(routed)
 
     def draft(self, sequence: Sequence, *, most: int) -> None:
-        """Take up to so many of the shadow's guesses for what follows the newest token, as far as they are known now."""
+        """Take up to so many of the shadow's guesses for what follows the newest token, as far as they are known."""
         most = min(most, sequence.draft_room)
         if most <= 0:
             return

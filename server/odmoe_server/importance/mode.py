@@ -34,8 +34,8 @@ from odmoe_wire.messages import ExpertRef, Span
 # How many more experts are named to go than a node needs room for: it may have begun something meanwhile.
 SPARE_VICTIMS: Final = 4
 # A layer is late after this and so many times its loads, one after the other. After a false alarm a good node gets no
-# work for a while, so it must not come easily.
-PATIENCE_S: Final = 0.5
+# work for a while, so it must not come easily, yet sooner than a second node is asked (`compute_floor_s`).
+PATIENCE_S: Final = 0.2
 PATIENT_LOADS: Final = 4.0
 # How many layers ahead experts are fetched. A gate's opinion of an earlier layer's input soon becomes a poor one.
 LOOK_AHEAD: Final[Mapping[PrefetchSource, int]] = {"off": 0, "gate": 1, "auto": 3, "shadow": 3}

@@ -1,10 +1,11 @@
 """Several forwards of one model that go in lock step and meet at every MoE layer. Knows no cluster and no request.
 
-A *lane* is one forward of the stock model: one token of a sequence, or one chunk of a prompt. Each runs in a greenlet of
-its own until its next MoE layer asks for experts; then the next lane runs. When all have come there, their experts are
-served together. So the lanes share loads, but nothing is multiplied in another shape than it would be alone: a lane's
-results are the same bits whoever runs beside it. Lanes of one sequence follow one another in the order of positions: at
-each layer the later one finds the earlier one's keys and values in the cache, as if it had come a step later.
+A *lane* is one forward of the stock model: one token of a sequence, or one chunk of a prompt. Each runs in a greenlet
+of its own until its next MoE layer asks for experts; then the next lane runs. When all have come there, their experts
+are served together. So the lanes share loads, but nothing is multiplied in another shape than it would be alone: a
+lane's results are the same bits whoever runs beside it. Lanes of one sequence follow one another in the order of
+positions: at each layer the later one finds the earlier one's keys and values in the cache, as if it had come a step
+later.
 
 T token rows of a lane, K experts a token, H hidden size, V vocabulary.
 """

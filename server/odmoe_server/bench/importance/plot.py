@@ -65,7 +65,8 @@ def _measured(axes: "Axes", rows: Rows, label: str, colour: str) -> None:
         if row["policy"] == IMPORTANCE and row["how"] == SERVED and row["tpot_vs_lru"] is not None
     ]
     if points:
-        axes.scatter(*zip(*points, strict=True), color=colour, s=40, zorder=3, label=f"{label}, measured")
+        alphas, times = zip(*points, strict=True)
+        axes.scatter(alphas, times, color=colour, s=40, zorder=3, label=f"{label}, measured")
 
 
 def _against_slots(axes: "Axes", rows: Rows, label: str, colour: str, style: str) -> None:

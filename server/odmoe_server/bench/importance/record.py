@@ -118,7 +118,7 @@ def _goals(rows: Iterable[Row]) -> list[str]:
 
 
 def _likeness(rows: Iterable[Row]) -> list[str]:
-    found = {(row.model, row.policy, row.batch, row.alpha): row for row in rows if row.how == REPLAYED}
+    found = {(row.model, row.policy, row.batch, row.alpha): row for row in rows if _is_beside_learned(row)}
     texts = []
     for (model, policy, batch, alpha), row in found.items():
         other = found.get((model, IMPORTANCE, batch, alpha))
@@ -130,6 +130,10 @@ def _likeness(rows: Iterable[Row]) -> list[str]:
             f"{_some(other.perplexity):.3f}, {100 * _some(other.agreement):.1f} %, {100 * other.hit_rate:.1f} %"
         )
     return texts
+
+
+def _is_beside_learned(row: Row) -> bool:
+    return row.how == REPLAYED and row.slots_share == GOAL_SHARE
 
 
 def _some(value: float | None) -> float:
