@@ -15,7 +15,8 @@ NUM_TOKENS = 12
 
 def test_recordings_survive_a_signal(tmp_path: Path) -> None:
     timeline, trace = tmp_path / "timeline.json", tmp_path / "trace.jsonl"
-    options = ["--timeline", str(timeline), "--trace", str(trace)]
+    # Without guesses a step is a token.
+    options = ["--timeline", str(timeline), "--trace", str(trace), "--draft", "0"]
     with serving(chat_checkpoint(tmp_path / "checkpoint"), tmp_path, *options) as server:
         answer = server.answer(max_tokens=NUM_TOKENS).json()
         num_tokens = answer["usage"]["completion_tokens"]
