@@ -14,6 +14,8 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 _TOOL: Final = ROOT.parent / "shared" / "tools" / "local-base-image"
+# What the Dockerfile builds on when nobody names another.
+PUBLIC_BASE: Final = "python:3.11-slim-bookworm"
 _TOOL_S: Final = 600
 _QUICK_S: Final = 60
 
@@ -50,7 +52,13 @@ def find() -> Engine:
     info = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False, timeout=_QUICK_S)
     if info.returncode != 0:
         raise NoEngine(f"no container engine answers: {info.stderr.strip().splitlines()[-1:]}")
-    return Engine(_compose(), (), {})
+    compose = _compose()
+    pulled = subprocess.run(
+        ["docker", "pull", "-q", PUBLIC_BASE], capture_output=True, text=True, check=False, timeout=_TOOL_S
+    )
+    if pulled.returncode != 0:
+        raise NoEngine(f"the base image {PUBLIC_BASE} cannot be had: {pulled.stderr.strip().splitlines()[-1:]}")
+    return Engine(compose, (), {})
 
 
 def _with_tool(tool: Path) -> Engine:
