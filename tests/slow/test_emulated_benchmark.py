@@ -49,7 +49,10 @@ def test_served_on_emulated_devices_it_answers_as_transformers_does_at_the_speed
     with serving(tmp_path / "checkpoint", tmp_path, *options) as server:
         text = text_of(server.answer(max_tokens=24))
         # What nodes tell of themselves comes with their heartbeats.
-        until(lambda: total(httpx.get(f"{server.url}/metrics").text, "expert_load_seconds_count") > 24, "the nodes' reports")
+        until(
+            lambda: total(httpx.get(f"{server.url}/metrics").text, "expert_load_seconds_count") > 24,
+            "the nodes' reports",
+        )
         page = httpx.get(f"{server.url}/metrics").text
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint", local_files_only=True)
     question = [{"role": "user", "content": "Hello"}]
