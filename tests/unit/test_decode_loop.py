@@ -366,6 +366,28 @@ def test_what_goes_wrong_with_one_result_is_not_the_others_failure() -> None:
     serve(scenario, max_running=2, prefill_chunk=8)
 
 
+def test_who_cannot_be_admitted_fails_alone_and_does_not_come_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sizes(self: KvSize, positions: int) -> int:
+        if positions == 2 + 13:
+            raise RuntimeError("a bug")
+        return positions
+
+    async def scenario(r: Running) -> None:
+        r.stepper.gate.clear()
+        first = asyncio.create_task(collect(r.loop.generate(request(5, 6, 7))))
+        await until(lambda: r.loop.health().running == 1)
+        monkeypatch.setattr(KvSize, "bytes_for", sizes)
+        bad = asyncio.create_task(collect(r.loop.generate(request(5, 6, max_tokens=13))))
+        await until(lambda: r.loop.health().queued == 1)
+        r.stepper.gate.set()
+        with pytest.raises(GenerationFailed):
+            await bad
+        assert (await first)[0] == [5, 6, 7]
+        assert (r.loop.health().failures_total, r.loop.health().queued) == (1, 0)
+
+    serve(scenario, max_running=2, prefill_chunk=8)
+
+
 def test_no_node_means_waiting_and_not_ready() -> None:
     async def scenario(r: Running) -> None:
         r.cluster.snapshot.num_nodes_alive = 0

@@ -86,6 +86,8 @@ class DecodeLoop:
         self._queue: deque[Sequence] = deque()
         self._changed = threading.Condition()
         self._running: list[Sequence] = []
+        # Those the loop's thread is at work on: if it fails, they did.
+        self._in_hand: list[Sequence] = []
         self._last_sequence_id = 0
         self._prompt_tokens_total = 0
         self._generation_tokens_total = 0
@@ -198,7 +200,7 @@ class DecodeLoop:
             except Exception:  # outermost loop: one request's failure is not the next one's
                 self._failures_total += 1
                 log.exception("requests failed for an unforeseen reason")
-                self._fail(list(self._running), GenerationFailed("the server failed to compute the answer"))
+                self._fail(self._in_hand, GenerationFailed("the server failed to compute the answer"))
         self._refuse_all()
 
     def _begin_with(self, loaded: Loaded) -> None:
@@ -230,9 +232,12 @@ class DecodeLoop:
             for sequence in [sequence for sequence in self._queue if sequence.cancelled]:
                 self._queue.remove(sequence)
             self._leave([sequence for sequence in self._running if sequence.cancelled])
-            while self._queue and self._admit(self._queue[0]):
+            while self._queue:
+                self._in_hand = [self._queue[0]]
+                if not self._admit(self._queue[0]):
+                    break
                 self._running.append(self._queue.popleft())
-        batch = self._rota.next_batch(self._running)
+        self._in_hand = batch = self._rota.next_batch(self._running)
         if batch:
             self._step(batch)
 
@@ -296,7 +301,10 @@ class DecodeLoop:
     def _leave(self, sequences: list[Sequence]) -> None:
         """They are over: give back what they held, here and on every node."""
         for sequence in sequences:
-            self._running.remove(sequence)
+            with self._changed:
+                for held in (self._running, self._queue):
+                    if sequence in held:
+                        held.remove(sequence)
             self._room.leave(sequence.sequence_id)
             self._cluster.end_sequence(sequence.sequence_id)
 
