@@ -1,8 +1,4 @@
-"""Drafts as the decode loop's thread sees them: there at once when known, waited for within a bound, and gone with the
-predictor that made them."""
-
-import threading
-from collections.abc import Callable
+"""Drafts as the decode loop's thread sees them: there at once when known, and gone with their predictor."""
 
 import pytest
 
@@ -14,18 +10,15 @@ from odmoe_wire.loopback import LoopbackNetwork
 from odmoe_wire.messages import AnyMessage, Bye, Hello, Rollback, Schedule, Span, ToPredictor, ToServer
 
 CONFIG = ClusterConfig(store_digest="d", package_version="0", num_layers=4, num_experts=8, group_size=2)
-LONG_S = 60.0
 
 
 class Server:
     """A driver with a scripted predictor and a scripted stranger, a node; pumped by hand."""
 
-    def __init__(self, *, pump_while_waiting: Callable[[], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.network = LoopbackNetwork()
         link = self.network.router("server", accept=ToServer, limits=Limits())
-        self.driver = ClusterDriver(
-            ClusterState(config=CONFIG), link=link, clock=self.network.clock, pump_while_waiting=pump_while_waiting
-        )
+        self.driver = ClusterDriver(ClusterState(config=CONFIG), link=link, clock=self.network.clock)
         self._links = {
             name: self.network.dealer(name, "server", accept=ToPredictor, limits=Limits()) for name in ("p", "n")
         }
@@ -84,51 +77,3 @@ def test_drafts_of_a_predictor_that_is_gone_are_forgotten(server: Server, how: s
     else:
         server.begin(2)
     assert server.drafts() == ()
-
-
-def test_who_waits_is_woken_by_the_draft_that_goes_on_from_the_true_token(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked, found = threading.Event(), list[tuple[int, ...]]()
-    after = server.driver.state.drafts.after
-
-    def looking(sequence: int, position: int, most: int, *, behind: int | None) -> tuple[int, ...]:
-        known = after(sequence, position, most, behind=behind)
-        looked.set()
-        return known
-
-    monkeypatch.setattr(server.driver.state.drafts, "after", looking)
-    server.hear(said(9, 4, 5))
-    waiting = threading.Thread(
-        target=lambda: found.append(server.driver.await_draft(1, 10, timeout_s=LONG_S, most=3, behind=44))
-    )
-    waiting.start()
-    for message in (said(20, 1), Rollback(sequence=1, position=9), said(9, 44), said(10, 55)):
-        assert looked.wait(LONG_S)
-        looked.clear()
-        server.hear(message)
-        if isinstance(message, Rollback):
-            looked.set()
-    waiting.join(LONG_S)
-    assert found == [(55,)]
-
-
-def test_waiting_ends_in_time_and_is_not_begun_without_a_predictor(server: Server) -> None:
-    assert server.driver.await_draft(1, 10, timeout_s=0.001) == ()
-    server.hear(Bye(reason="test"))
-    assert server.driver.await_draft(1, 10, timeout_s=LONG_S) == ()
-
-
-def test_on_one_thread_the_others_go_on_meanwhile() -> None:
-    turns: list[int] = []
-
-    def turn() -> None:
-        turns.append(1)
-        server.network.advance(0.25)
-        if len(turns) == 2:
-            server.hear(said(10, 5, 6))
-
-    server = Server(pump_while_waiting=turn)
-    assert server.driver.await_draft(1, 12, timeout_s=0.2) == ()
-    assert server.driver.await_draft(1, 10, timeout_s=1.0, most=2) == (5, 6)
-    assert len(turns) == 2

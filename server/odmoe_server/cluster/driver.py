@@ -1,6 +1,6 @@
 """Drives the cluster's state machine: owns the socket and the clock, carries the tensors. Decides nothing.
 
-`submit`, `post`, `end_sequence`, `drafts` and `await_draft` may be called and `snapshot` read from any thread;
+`submit`, `post`, `end_sequence` and `drafts` may be called and `snapshot` read from any thread;
 everything else happens on the thread in `run`, or, in single-threaded tests, in `pump`.
 """
 
@@ -38,7 +38,7 @@ from odmoe_server.cluster.state import ClusterState
 from odmoe_server.cluster.timeline import Timeline
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
-from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result, Schedule, Span
+from odmoe_wire.messages import AnyMessage, Bye, ComputeFailed, Result, Span
 from odmoe_wire.waiting import Wake, wait
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,6 @@ class ClusterDriver:
         self._wake = Wake()
         self._inbox: deque[Callable[[float], None]] = deque()
         self._pending: dict[int, PendingCall] = {}
-        self._drafted = threading.Condition()
         self._last_call_id = 0
         self._next_tick_s = 0.0
         self._stopping = threading.Event()
@@ -150,25 +149,6 @@ class ClusterDriver:
         """The tokens the predictor's shadow went on with from a position on, as far as they are known here
         (`Drafts.after`). Does not wait; each look-up is one access to a dict, so no lock is needed."""
         return self.state.drafts.after(sequence, position, most, behind=behind)
-
-    def await_draft(
-        self, sequence: int, position: int, *, timeout_s: float, most: int = 1, behind: int | None = None
-    ) -> tuple[int, ...]:
-        """The same as soon as there is one; none when none came in time or there is no predictor."""
-
-        def now_known() -> tuple[int, ...]:
-            return self.drafts(sequence, position, most, behind=behind)
-
-        if self.snapshot.predictor_incarnation is None:
-            return now_known()
-        if self._pump_while_waiting is None:
-            with self._drafted:
-                self._drafted.wait_for(now_known, timeout_s)
-        else:
-            end_s = self._clock() + timeout_s
-            while not now_known() and self._clock() < end_s:
-                self._pump_while_waiting()
-        return now_known()
 
     def next_call_id(self) -> int:
         """Ids are drawn by the one decode loop, so no lock is needed."""
@@ -260,9 +240,6 @@ class ClusterDriver:
                     reason="its result has another shape or dtype",
                 )
         self._do(PeerMessage(peer_id=peer_id, epoch=received.epoch, message=message), now, rows_NH=rows_NH)
-        if isinstance(message, Schedule) and message.tokens:
-            with self._drafted:
-                self._drafted.notify_all()
 
     def _fits(self, result: Result, rows_NH: torch.Tensor) -> bool:
         """Whether a result is shaped as its request asks; one that nobody waits for fits anything."""

@@ -8,7 +8,6 @@ from odmoe_server.assembly import Piece
 from odmoe_server.generation import Ending
 from odmoe_server.openai.logprobs import chat_logprobs
 from odmoe_server.openai.render import (
-    DONE,
     Extras,
     Letterhead,
     error_event,
@@ -60,12 +59,7 @@ class ChatDialect:
     def closing(self) -> Iterable[bytes]:
         """See `answering.Dialect`."""
         endings = [self._endings[index] for index in sorted(self._endings)]
-        last: dict[str, Any] = self._extras.reports(endings)
-        if self._extras.usage:
-            last["usage"] = self._extras.total_usage(endings)
-        if last:
-            yield event({**self._chunk, "choices": [], **last})
-        yield DONE
+        return self._extras.closing(self._chunk, endings)
 
     def error_event(self, error: Exception) -> bytes:
         """See `answering.Dialect`."""

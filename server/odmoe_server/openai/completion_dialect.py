@@ -9,7 +9,6 @@ from odmoe_server.engine_api import Token
 from odmoe_server.generation import Ending
 from odmoe_server.openai.logprobs import completion_logprobs
 from odmoe_server.openai.render import (
-    DONE,
     Extras,
     Letterhead,
     error_event,
@@ -56,12 +55,7 @@ class CompletionDialect:
     def closing(self) -> Iterable[bytes]:
         """See `answering.Dialect`."""
         endings = [self._endings[index] for index in sorted(self._endings)]
-        last: dict[str, Any] = self._extras.reports(endings)
-        if self._extras.usage:
-            last["usage"] = self._extras.total_usage(endings)
-        if last:
-            yield event({**self._head, "choices": [], **last})
-        yield DONE
+        return self._extras.closing(self._head, endings)
 
     def error_event(self, error: Exception) -> bytes:
         """See `answering.Dialect`."""

@@ -5,7 +5,7 @@ Does not wait, read clocks or know sockets. Answers are plain dicts, since a str
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,15 @@ class Extras:
         if self.expert_stats:
             found["expert_stats"] = expert_stats(endings)
         return found
+
+    def closing(self, head: Mapping[str, Any], endings: Sequence[Ending]) -> Iterator[bytes]:
+        """The last events of a stream whose chunks begin with `head`."""
+        last = self.reports(endings)
+        if self.usage:
+            last["usage"] = self.total_usage(endings)
+        if last:
+            yield event({**head, "choices": [], **last})
+        yield DONE
 
     def total_usage(self, endings: Sequence[Ending]) -> dict[str, Any]:
         """Token counts of the whole answer; the answers to one prompt share it."""
