@@ -14,6 +14,8 @@ MODEL ?=
 ARGS ?=
 # Requests that fuzz makes to each address, as many valid as invalid ones.
 EXAMPLES ?= 200
+# Processes that share the tests that are not slow.
+WORKERS ?= 2
 PYTHON ?=
 # An extra package index to take torch from, such as https://download.pytorch.org/whl/cpu (see README.md).
 TORCH_INDEX ?=
@@ -33,6 +35,7 @@ help: ## show this list
 	@echo; echo "  PORT=8000       port of serve and chat"
 	@echo "  MODEL=          a prepared store, a checkpoint folder or a hub name, for serve (default: the built-in model)"
 	@echo "  ARGS=           further arguments for serve, chat, test and quick; for bench in place of --quick"
+	@echo "  WORKERS=2       processes that share the tests of test and quick"
 	@echo "  EXAMPLES=200    requests of each kind that fuzz sends to each address"
 	@echo "  STORE= KEYS=    prepared store and folder of keys, for up (default: the built-in model; made when missing)"
 	@echo "  IMAGE_ARGS=     further arguments of docker build, for image and up"
@@ -53,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "setting up $(VENV) with $$python: a few minutes the first time"
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,bench,dev,fuzz]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,bench,dev,fuzz,otel]'
 	touch $(READY)
 
 .PHONY: serve
@@ -65,12 +68,15 @@ chat: $(READY) ## talk to a running server in the terminal (PORT= ARGS=)
 	@exec $(BIN)/odmoe chat --url http://127.0.0.1:$(PORT) $(ARGS)
 
 .PHONY: test
-test: $(READY) ## the whole test suite (ARGS=)
-	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+test: $(READY) ## the whole test suite; with ARGS=, what they name, one after the other
+	@export OMP_NUM_THREADS=1
+	if [ -n "$(strip $(ARGS))" ]; then exec $(BIN)/python -m pytest -q $(ARGS); fi
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal
+	exec $(BIN)/python -m pytest -q -m slow
 
 .PHONY: quick
 quick: $(READY) ## the tests that start no real processes and no default model (ARGS=)
-	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	@exec env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(READY) ## send every role what nobody should, over its links and over HTTP, for some minutes (EXAMPLES=)

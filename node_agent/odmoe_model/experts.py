@@ -16,7 +16,7 @@ from torch import Tensor
 
 from odmoe_model.family import build_config, experts_class
 from odmoe_model.manifest import Manifest
-from odmoe_model.runs import blocks_agree, linear_by_blocks
+from odmoe_model.runs import blocks_agree, linear_by_blocks, linear_together, rows_agree
 
 
 class ExpertMaths:
@@ -30,13 +30,16 @@ class ExpertMaths:
         self.up_name = "gate_up_proj" if self.experts.has_gate else "up_proj"
         in_up = {self.up_name, f"{self.up_name}_bias"}
         self.up_bytes = max(field.offset + field.size_bytes for field in manifest.record if field.name in in_up)
-        # Of the weights' names: those by which runs of one row are multiplied block by block.
+        # Of the weights' names: those by which runs of one row are multiplied block by block, and in one product.
         self._by_blocks: frozenset[str] = frozenset()
+        self._together: frozenset[str] = frozenset()
 
     def prepare_for_runs(self, fields: Mapping[str, Tensor]) -> None:
         """Find out how runs of one row are best multiplied on this machine. Without this they are right as well."""
         if not (self.experts.is_transposed or self.experts.has_bias):
-            self._by_blocks = frozenset(name for name in (self.up_name, "down_proj") if blocks_agree(fields[name]))
+            names = (self.up_name, "down_proj")
+            self._by_blocks = frozenset(name for name in names if blocks_agree(fields[name]))
+            self._together = frozenset(name for name in names if rows_agree(fields[name]))
 
     def rows(self, fields: Mapping[str, Tensor], x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """The unweighted output [N, H] of the expert whose parameters are `fields` (see `record_fields`) for
@@ -73,6 +76,8 @@ class ExpertMaths:
         weight, bias = fields[name], fields[f"{name}_bias"] if self.experts.has_bias else None
         if len(runs) < 2:
             return self.linear(x, weight, bias)
+        if name in self._together and max(runs) == 1:
+            return linear_together(x, weight)
         if name in self._by_blocks and max(runs) == 1:
             return linear_by_blocks(x, weight)
         return torch.cat([self.linear(run, weight, bias) for run in torch.split(x, list(runs))])

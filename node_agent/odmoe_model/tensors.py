@@ -14,7 +14,9 @@ DTYPE_NAME: Final[dict[torch.dtype, Dtype]] = {dtype: name for name, dtype in TO
 def to_blob(tensor: Tensor) -> Blob:
     """The tensor's values as a blob; a contiguous CPU tensor is lent, not copied, and must not be written to
     while the blob is on its way."""
-    values = tensor.detach().cpu().contiguous()
+    values = tensor.detach()
+    if not (values.is_cpu and values.is_contiguous()):
+        values = values.cpu().contiguous()
     return Blob(dtype=DTYPE_NAME[tensor.dtype], shape=tuple(tensor.shape), data=as_bytes(values))
 
 
@@ -28,4 +30,6 @@ def from_blob(blob: Blob) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied; numpy cannot name bfloat16, so by way of uint8."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    if tensor.dtype is torch.bfloat16 or tensor.numel() == 0:
+        return tensor.view(-1).view(torch.uint8).numpy().data
+    return tensor.numpy().data.cast("B")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,6 +89,14 @@ class EmulatedLink(LinkTime):
                 ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
 
 
+class _Load(NamedTuple):
+    """One transfer: what it brings, and when it began and ends."""
+
+    fields: dict[str, Tensor]
+    began_s: float
+    end_s: float
+
+
 class EmulatedBank:
     """Slots on a device that is not there, behind a link of `bytes_per_s`; the interface is `SlotBank`'s.
 
@@ -116,26 +125,51 @@ class EmulatedBank:
         self._clock = clock
         self._slots: list[dict[str, Tensor] | None] = [None] * num_slots
         self._arrivals = [Arrival() for _ in range(num_slots)]
+        self._loads = [_Load({}, 0.0, 0.0)] * num_slots
         self._maths = ExpertMaths(store.manifest)
         self._maths.prepare_for_runs(store.fields(store.record(0, 0)))
         touch_records(store)
 
     def load(self, slot: int, layer: int, expert: int, *, stop: Stop | None = None) -> float:
         """See `SlotBank.load`: sleeps until the link would have brought the record."""
+        self.begin(slot, layer, expert)
+        try:
+            self._link.await_end(self._loads[slot].end_s, stop=stop)
+        except BrokenOffError:
+            self.break_off(slot)
+            raise
+        return self.finish(slot)
+
+    def begin(self, slot: int, layer: int, expert: int) -> None:
+        """See `TimedSlots.begin`."""
         began_s = self._clock()
         self._slots[slot] = None
         if self._arrivals[slot].ended.is_set():
             self.expect(slot)  # nobody else did: nobody computes before the end
-        arrival = self._arrivals[slot]
         try:
             fields = self._store.fields(self._store.record(layer, expert))
-            end_s = self._link.ask(self.record_bytes)
-            arrival.begin(fields, end_s=end_s)
-            self._link.await_end(end_s, stop=stop)
-            self._slots[slot] = fields  # not before: not all is there until the link has brought it
-        finally:
-            arrival.end(is_whole=self._slots[slot] is not None)
-        return self._clock() - began_s
+        except BaseException:
+            self._arrivals[slot].end(is_whole=False)
+            raise
+        self._loads[slot] = _Load(fields, began_s, self._link.ask(self.record_bytes))
+        self._arrivals[slot].begin(fields, end_s=self._loads[slot].end_s)
+
+    def left_s(self, slot: int) -> float:
+        """See `TimedSlots.left_s`."""
+        return self._loads[slot].end_s - self._clock()
+
+    def finish(self, slot: int) -> float:
+        """See `TimedSlots.finish`."""
+        load = self._loads[slot]
+        self._slots[slot] = load.fields  # not before: not all is there until the link has brought it
+        self._arrivals[slot].end(is_whole=True)
+        return self._clock() - load.began_s
+
+    def break_off(self, slot: int) -> float:
+        """See `TimedSlots.break_off`."""
+        self._link.break_off(self._clock())
+        self._arrivals[slot].end(is_whole=False)
+        return self._clock() - self._loads[slot].began_s
 
     @torch.inference_mode()
     def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:

@@ -7,7 +7,7 @@ keeps to itself: several can live in one process, and signals are its caller's b
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import assert_never
@@ -43,9 +43,11 @@ from odmoe_node.memory import resident_bytes
 from odmoe_node.requests import runs_of
 from odmoe_node.state import NodeState
 from odmoe_node.stopping import BrokenOffError
+from odmoe_node.timed import TimedLoads, TimedSlots
 from odmoe_wire.codec import Blob, Received
 from odmoe_wire.link import Link, PeerGone
 from odmoe_wire.messages import (
+    MAX_LOADED_TOLD,
     AnyMessage,
     Bye,
     Cancel,
@@ -54,6 +56,7 @@ from odmoe_wire.messages import (
     Heartbeat,
     Hello,
     Load,
+    Loaded,
     ProtocolErrorNotice,
     Refused,
     Release,
@@ -63,6 +66,7 @@ from odmoe_wire.messages import (
     SlotReport,
     View,
     Welcome,
+    Withdraw,
 )
 from odmoe_wire.session import Session
 from odmoe_wire.waiting import Wake, wait
@@ -72,7 +76,6 @@ log = logging.getLogger(__name__)
 SERVER = "server"
 PREDICTOR = "predictor"
 MAX_BURST = 64  # messages taken from one link before the others and the heartbeats have their turn
-MAX_MENTIONS = 64  # loads the server is told of together, at most
 DRAIN_S = 5.0  # for computes in hand when the node is told to leave
 FAREWELL_S = 0.1  # for the last messages to get out of the process
 
@@ -132,6 +135,10 @@ class NodeAgent:
             name: Peer(name, link, Session(hello_every_s=hello_every_s, now=clock())) for name, link in links.items()
         }
         self._server = self._peers[SERVER]
+        self._links = list(links.values())
+        # In virtual time nothing sleeps: a load is over when it was asked for.
+        has_times = threads and isinstance(bank, TimedSlots)
+        self._timed = TimedLoads(bank, clock=clock) if has_times and isinstance(bank, TimedSlots) else None
         self._loads = self._lane("load", threads=threads, torch_threads=torch_threads)
         self._computes = self._lane("compute", threads=threads, torch_threads=torch_threads)
         self._brief: Job | None = None  # a compute to be done on this thread
@@ -162,12 +169,13 @@ class NodeAgent:
         """Make `run` end within a heartbeat; takes no lock, so that a signal handler may call it."""
         self._stopping = True
 
-    def pump(self, now: float) -> bool:
-        """Do all that waits; true if there was anything."""
+    def pump(self, now: float, *, ready: Collection[Link] | None = None) -> bool:
+        """Do all that waits; true if there was anything. `ready`: the links that have something, if that is known."""
         self._wake.clear()
         busy = self._take_ended(now)
         for peer in self._peers.values():
-            busy = self._take_messages(peer, now) or busy
+            if ready is None or peer.link in ready:
+                busy = self._take_messages(peer, now) or busy
         busy = self._take_ended(now) or busy
         busy = self._compute_briefly() or busy
         deadline_s = self.state.next_deadline_s()
@@ -212,8 +220,8 @@ class NodeAgent:
 
     def _turn(self) -> None:
         try:
-            wait([peer.link for peer in self._peers.values()], self._wake, timeout_s=self._wait_s(self._clock()))
-            self.pump(self._clock())
+            ready = wait(self._links, self._wake, timeout_s=self._wait_s(self._clock()))
+            self.pump(self._clock(), ready=ready or ())
         except RefusedError:
             raise
         except Exception:  # outermost loop: one bad event must not end the node
@@ -225,7 +233,9 @@ class NodeAgent:
         deadline_s = self.state.next_deadline_s()
         if deadline_s is not None:
             waits_s.append(max(0.0, deadline_s - now))
-        return min(waits_s)
+        if self._timed is not None and not self._inbox.loads_can_wait:
+            waits_s += [left_s for left_s in [self._timed.left_s()] if left_s is not None]
+        return max(0.0, min(waits_s))
 
     def _drain(self) -> None:
         until_s = self._clock() + DRAIN_S
@@ -257,6 +267,9 @@ class NodeAgent:
     def _take_ended(self, now: float) -> bool:
         busy = False
         while (event := self._inbox.take()) is not None:
+            busy = True
+            self._do(event, now)
+        while self._timed is not None and (event := self._timed.take()) is not None:
             busy = True
             self._do(event, now)
         return busy
@@ -292,7 +305,7 @@ class NodeAgent:
         match message:
             case Compute():
                 self._on_compute(message, received, now)
-            case Welcome() | View() | Load() | Release() | Cancel():
+            case Welcome() | View() | Load() | Release() | Cancel() | Withdraw():
                 self._do(Told(message, received.epoch), now)
             case Bye(reason=reason):
                 log.warning("the server says bye: %s", reason)
@@ -334,28 +347,29 @@ class NodeAgent:
             self._mentions.clear()
         actions = self.state.handle(event, now)
         for action in actions:
-            self._act(action)
+            self._act(action, now)
         # Who decides by what is in the slots must not wait for it.
         is_urgent = bool(self._mentions) and self.state.tells_held
-        if is_urgent or len(self._mentions) >= MAX_MENTIONS or any(isinstance(action, Answer) for action in actions):
-            self._mention(now)
+        if is_urgent or len(self._mentions) >= MAX_LOADED_TOLD:
+            for loaded in self._news(now):
+                self._send(self._server, loaded)
 
-    def _act(self, action: Action) -> None:
+    def _act(self, action: Action, now: float) -> None:
         match action:
             case StartLoad():
-                self._loads.submit(self._load_job(action))
+                self._start_load(action)
             case BreakOff(slot=slot):
-                self._stops[slot].set()
+                self._break_off(slot)
             case StartCompute():
-                if self.state.is_brief(action):
+                if self._is_brief(action):
                     assert self._brief is None, "there is one slot"
                     self._brief = self._compute_job(action)
                 else:
                     self._computes.submit(self._compute_job(action))
             case Answer(message=message):
                 in_hand = self._in_hand.pop(message.request_id)
-                if isinstance(message, Result) and self.state.tells_held:
-                    message = msgspec.structs.replace(message, held=self.state.held())
+                if isinstance(message, Result):
+                    message = msgspec.structs.replace(message, held=self.state.held(), loaded=self._news(now))
                 self._send(self._server, message, blobs=_result_blobs(message, in_hand))
             case Forget(request_id=request_id):
                 del self._in_hand[request_id]
@@ -366,19 +380,37 @@ class NodeAgent:
             case _:
                 assert_never(action)
 
-    def _mention(self, now: float) -> None:
-        """Tell the server of the loads that ended lately."""
+    def _news(self, now: float) -> list[Loaded]:
+        """What the server has not heard of the loads that ended lately."""
         mentions, self._mentions = self._mentions, []
         held = self.state.held()
-        for mention in mentions:
-            ago_s = max(0.0, now - mention.ended_s)
-            self._send(self._server, msgspec.structs.replace(mention.message, ago_s=ago_s, held=held))
+        return [
+            msgspec.structs.replace(mention.message, ago_s=max(0.0, now - mention.ended_s), held=held)
+            for mention in mentions
+        ]
+
+    def _start_load(self, order: StartLoad) -> None:
+        if self._arriving is not None:
+            self._arriving.expect(order.slot)
+        if self._timed is None:
+            self._loads.submit(self._load_job(order))
+        elif (event := self._timed.begin(order)) is not None:
+            self._inbox.put(event)
+
+    def _break_off(self, slot: int) -> None:
+        if self._timed is None:
+            self._stops[slot].set()
+        elif (event := self._timed.break_off(slot)) is not None:
+            self._inbox.put(event)
+
+    def _is_brief(self, order: StartCompute) -> bool:
+        """Only `TimedSlots` tell how long a compute on arrival will wait."""
+        wait_s = self._timed.left_s(order.slot) if order.on_arrival and self._timed is not None else None
+        return self.state.is_brief(order, wait_s=wait_s)
 
     def _load_job(self, order: StartLoad) -> Job:
         stop, (layer, expert) = self._stops[order.slot], order.key
         stop.clear()  # the slot's former load has ended
-        if self._arriving is not None:
-            self._arriving.expect(order.slot)
 
         def run() -> Event:
             began_s = monotonic()
@@ -419,7 +451,8 @@ class NodeAgent:
             peer.heartbeats += 1
             if peer is self._server:
                 self._send(peer, self.report())
-                self._mention(now)
+                for loaded in self._news(now):
+                    self._send(peer, loaded)
         if due is not None:
             peer.session.said(now)
 

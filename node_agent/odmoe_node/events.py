@@ -20,6 +20,7 @@ from odmoe_wire.messages import (
     Schedule,
     View,
     Welcome,
+    Withdraw,
 )
 
 
@@ -32,7 +33,7 @@ class ExpertKey(NamedTuple):
 
 # ----------------------------------------------------------------------------------------------------- events
 
-Order = Welcome | View | Schedule | Rollback | Load | Compute | Release | Cancel
+Order = Welcome | View | Schedule | Rollback | Load | Compute | Release | Cancel | Withdraw
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ MAX_REMEMBERED_REQUESTS = 4096
 @dataclass(slots=True, eq=False)
 class Request:
     """One `Compute` in hand. An expert is first in `pending` (in the order asked for), then in `started_s` as
-    well while it is computed, at last in `timings` only. `foreseen` experts were wanted before it came."""
+    well while it is computed, at last in `timings` only. `foreseen` experts were wanted before it came; `reused` ones
+    had been computed since they were loaded."""
 
     message: Compute
     number: int
@@ -24,6 +25,7 @@ class Request:
     sequences: set[int]
     pending: dict[int, Outcome]
     foreseen: frozenset[int]
+    reused: frozenset[int] = frozenset()
     started_s: dict[int, float] = field(default_factory=dict)
     timings: dict[int, ExpertTiming] = field(default_factory=dict)
     passed_over: int = 0
@@ -101,10 +103,18 @@ class RequestBook:
     def next_deadline_s(self) -> float | None:
         return min((request.deadline_s for request in self._requests.values()), default=None)
 
-    def open(self, message: Compute, now: float, outcomes: Mapping[int, Outcome], foreseen: frozenset[int]) -> None:
+    def open(
+        self,
+        message: Compute,
+        now: float,
+        outcomes: Mapping[int, Outcome],
+        foreseen: frozenset[int],
+        *,
+        reused: frozenset[int] = frozenset(),
+    ) -> None:
         assert outcomes, "the wire lets no compute without experts through"
         sequences = {span.sequence for span in message.spans}
-        request = Request(message, self._next_number, now, sequences, dict(outcomes), foreseen)
+        request = Request(message, self._next_number, now, sequences, dict(outcomes), foreseen, reused)
         self._next_number += 1
         self._requests[message.request_id] = request
         for expert in outcomes:
@@ -126,7 +136,7 @@ class RequestBook:
         last."""
         outcome = request.pending.pop(expert)
         wait_s = max(request.started_s.pop(expert) - request.arrived_s, 0.0) + waited_s
-        request.timings[expert] = ExpertTiming(expert, outcome, wait_s, compute_s)
+        request.timings[expert] = ExpertTiming(expert, outcome, wait_s, compute_s, expert not in request.reused)
         return not request.pending
 
     def close(self, request: Request) -> None:

@@ -116,6 +116,16 @@ class SlotTable:
         """Experts whose load has brought them, and that are in a slot still."""
         return [key for key, slot in self._by_key.items() if _is_whole(self._slots[slot])]
 
+    def was_used(self, key: ExpertKey) -> bool:
+        """Whether some compute has had, or is having, what lies in the expert's slot."""
+        match self.find(key):
+            case Ready(used=used) | Resting(used=used) | Loading(used=used):
+                return used
+            case Computing() | Riding():
+                return True
+            case _:
+                return False
+
     def find(self, key: ExpertKey) -> Slot | None:
         slot = self._by_key.get(key)
         return None if slot is None else self._slots[slot]

@@ -51,6 +51,7 @@ from odmoe_wire.messages import (
     Span,
     View,
     Welcome,
+    Withdraw,
 )
 
 FailureCode = Literal["load_failed", "expired", "bad_request"]
@@ -118,13 +119,13 @@ class NodeState:
         """Whether the request was taken in and has not ended."""
         return self._requests.get(request_id) is not None
 
-    def is_brief(self, order: StartCompute) -> bool:
+    def is_brief(self, order: StartCompute, *, wait_s: float | None = None) -> bool:
         """Whether a compute just ordered may be done on the spot: it is short, and with one slot nothing could begin
-        before its end anyway."""
+        before its end anyway. One on arrival waits `wait_s`, if that is known."""
         request = self._requests.get(order.request_id)
-        if request is None or len(self._slots) > 1 or order.on_arrival:
+        if request is None or len(self._slots) > 1 or (order.on_arrival and wait_s is None):
             return False
-        return self._pace.at_most_s(request.runs(order.key.expert)) <= BRIEF_S
+        return (wait_s or 0.0) + self._pace.at_most_s(request.runs(order.key.expert)) <= BRIEF_S
 
     @property
     def awaits_load(self) -> bool:
@@ -193,6 +194,9 @@ class NodeState:
                 self._pass_by(spans, layer, needed=(), all_of_layer=True)
             case Cancel(sequence=sequence):
                 self._on_cancel(sequence)
+            case Withdraw(request_id=request_id):
+                if (request := self._requests.get(request_id)) is not None:
+                    self._give_up(request)
             case _:
                 assert_never(told.message)
 
@@ -249,7 +253,8 @@ class NodeState:
             self._loader.leaving = leaving_in_turn(message.leaving)
         keys = [ExpertKey(message.layer, expert) for expert in message.experts]
         foreseen = frozenset(key.expert for key in keys if self._wants.wanted(key))
-        self._requests.open(message, now, {key.expert: self._outcome(key) for key in keys}, foreseen)
+        reused = frozenset(key.expert for key in keys if self._slots.was_used(key))
+        self._requests.open(message, now, {key.expert: self._outcome(key) for key in keys}, foreseen, reused=reused)
         self._pass_by(message.spans, message.layer, needed=message.experts, all_of_layer=False)
 
     def _outcome(self, key: ExpertKey) -> Outcome:
@@ -268,8 +273,12 @@ class NodeState:
         for request in self._requests.all():
             request.sequences.discard(sequence)
             if not request.sequences:
-                self._requests.close(request)
-                self._actions.append(Forget(request.request_id))
+                self._give_up(request)
+
+    def _give_up(self, request: Request) -> None:
+        """Nobody waits for its answer; what is computed of it now is computed to its end."""
+        self._requests.close(request)
+        self._actions.append(Forget(request.request_id))
 
     def _on_load_done(self, event: LoadDone, now: float) -> None:
         state = self._slots[event.slot]

@@ -178,6 +178,9 @@ def _result(message: m.Result, blobs: Sequence[BlobSpec], limits: Limits) -> Non
         _duration(timing.wait_s, "wait_s")
         _duration(timing.compute_s, "compute_s")
     _refs(message.held, limits)
+    require(len(message.loaded) <= m.MAX_LOADED_TOLD, f"tells of {len(message.loaded)} loads")
+    for loaded in message.loaded:
+        _loaded(loaded, limits)
     _rows(blobs, limits)
 
 
@@ -308,6 +311,10 @@ def _sequence(message: m.Start | m.End | m.Cancel, limits: Limits) -> None:
     _count(message.sequence, "sequence")
 
 
+def _withdraw(message: m.Withdraw, limits: Limits) -> None:
+    _count(message.request_id, "request_id")
+
+
 def _reason(message: m.Bye | m.Refused | m.ProtocolErrorNotice, limits: Limits) -> None:
     _text(message.reason, limits)
 
@@ -338,6 +345,7 @@ _WITHOUT_BLOBS: dict[type, Callable[[Any, Limits], None]] = {
     m.Start: _sequence,
     m.View: _view,
     m.Welcome: _welcome,
+    m.Withdraw: _withdraw,
 }
 
 

@@ -25,6 +25,10 @@ ZERO_COPY_BYTES: Final = 65_536
 # Bad messages skipped in one call of receive, and peers whose bad messages are told apart.
 MAX_SKIPPED: Final = 64
 MAX_OFFENDERS: Final = 1024
+# As numbers: each operation on zmq's own makes an object of an enumeration, some thirty of them a message.
+_POLLIN: Final = int(zmq.POLLIN)
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_DONTWAIT_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 
 
 class PeerGone(Exception):
@@ -130,24 +134,26 @@ class _ZmqLink(CheckedLink):
         last = len(frames) - 1
         for i, frame in enumerate(frames):
             try:
-                more = zmq.DONTWAIT if i == last else zmq.DONTWAIT | zmq.SNDMORE
+                more = _DONTWAIT if i == last else _DONTWAIT_MORE
                 self._socket.send(frame, more, copy=memoryview(frame).nbytes < ZERO_COPY_BYTES)
             except zmq.ZMQError as error:
                 if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                     raise
                 if 0 < i < last:
                     # The peer went in mid-message; libzmq drops frames until the message's last.
-                    self._socket.send(b"", zmq.DONTWAIT)
+                    self._socket.send(b"", _DONTWAIT)
                 raise PeerGone(f"{peer}: {error.strerror}") from None
 
     def receive(self) -> tuple[str, Received] | None:
         """The next good message; see `Link.receive`."""
         for _ in range(MAX_SKIPPED):
             # Asked first: that nothing is there is the usual end, and an exception for it costs twice as much.
-            if not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
                 return None
             try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+                frames = [self._socket.recv(_DONTWAIT, copy=False)]
+                while frames[-1].more:
+                    frames.append(self._socket.recv(_DONTWAIT, copy=False))
             except zmq.Again:
                 return None
             peer = ""

@@ -10,7 +10,8 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
+MAX_LOADED_TOLD = 64  # loads told of in one message
 
 Role = Literal["node", "predictor"]
 # What nodes do with an expert once it was computed: free its slot at once, or keep it until room is needed, the least
@@ -141,22 +142,25 @@ class LoadFailed(Message, frozen=True):
 
 class ExpertTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What one expert cost on the node: `outcome` is hit (was in its slot), late (was loading), miss (had to be
-    ordered by the compute itself)."""
+    ordered by the compute itself). `fresh`: no compute had had it since it was loaded, so the load was for this one."""
 
     expert: int
     outcome: Literal["hit", "late", "miss"]
     wait_s: float
     compute_s: float
+    fresh: bool = False
 
 
 class Result(Message, frozen=True):
     """Answer to a `Compute`. Blob 0: rows_TH, unweighted expert outputs in the order of the request's rows. `held`:
-    in mode "importance" all experts that lie whole in the node's slots."""
+    in mode "importance" all experts that lie whole in the node's slots. `loaded`: the loads that ended since the node
+    last told of any; in a message of their own they would cost both sides as much as the answer does."""
 
     request_id: int
     layer: int
     timings: list[ExpertTiming]
     held: list[ExpertRef] = []
+    loaded: list[Loaded] = []
 
 
 class ComputeFailed(Message, frozen=True):
@@ -258,6 +262,12 @@ class Cancel(Message, frozen=True):
     sequence: int
 
 
+class Withdraw(Message, frozen=True):
+    """Another node was first with this compute: forget it, as far as it has not begun."""
+
+    request_id: int
+
+
 # ----------------------------------------------------------------------------------------- server -> predictor
 
 
@@ -347,6 +357,7 @@ ToNode = (
     | Load
     | Release
     | Cancel
+    | Withdraw
     | Schedule
     | Rollback
     | Heartbeat

@@ -61,14 +61,16 @@ class Wake:
                     os.close(descriptor)
 
 
-def wait(links: "Sequence[Link]", wake: Wake, *, timeout_s: float) -> bool:
+def wait(links: "Sequence[Link]", wake: Wake, *, timeout_s: float) -> "Sequence[Link] | None":
     """Sleep until a link may have something, `wake` is set, or `timeout_s` (rounded up to ms) is over.
 
-    True when it was not the time-out. A link without a socket (loopback) lives in virtual time: no sleep then.
+    The links that have, or None at the time-out. One without a socket (loopback) lives in virtual time: no sleep then,
+    and all may have.
     """
     watched: list[tuple[Any, int]] = [(wake.fileno(), zmq.POLLIN)]
     for link in links:
         if link.socket is None:
-            return True
+            return links
         watched.append((link.socket, zmq.POLLIN))
-    return bool(zmq.zmq_poll(watched, math.ceil(1000 * min(max(timeout_s, 0.0), MAX_WAIT_S))))
+    found = [thing for thing, _ in zmq.zmq_poll(watched, math.ceil(1000 * min(max(timeout_s, 0.0), MAX_WAIT_S)))]
+    return [link for link in links if link.socket in found] if found else None

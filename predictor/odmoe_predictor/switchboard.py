@@ -7,7 +7,7 @@ incarnation: the server then begins every sequence with it anew.
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +37,7 @@ from odmoe_wire.messages import (
 )
 from odmoe_wire.placement import group_of
 from odmoe_wire.session import Session
+from odmoe_wire.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Switchboard:
         self._troubled = False
         self._heartbeats = 0
         self._view = View(members=[], group_size=1)
+        self._sharing = Sharing()
         self._nodes: dict[str, Node] = {}
 
     @property
@@ -185,6 +187,7 @@ class Switchboard:
                     self._pace = welcome
             case View() as view:
                 self._view, self.epoch = view, received.epoch
+                self._sharing.clear()
             case Start() | Align() | Routed() | End() as message:
                 self._order(message, received.blobs)
             case Refused(reason=reason):
@@ -287,9 +290,9 @@ class Switchboard:
         """To each node of the layer's group its share, to the server the whole and the tokens. In mode "importance" the
         server decides what is loaded ahead, so nodes hear nothing."""
         # A node that has no share any more has to hear so.
-        before = self._placed(forecast.layer, forecast.instead)
+        before = self._before(forecast)
         shares: dict[str, list[int]] = {node_id: [] for node_id in before.values()}
-        for expert, node_id in self._placed(forecast.layer, forecast.experts).items():
+        for expert, node_id in self._dealt(forecast).items():
             shares.setdefault(node_id, []).append(expert)
         for node_id, experts in shares.items():
             schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=experts)
@@ -297,6 +300,26 @@ class Switchboard:
         tokens = list(forecast.tokens)
         schedule = Schedule(span=forecast.span, layer=forecast.layer, experts=forecast.experts, tokens=tokens)
         self._count(schedule, self._send(self._server, SERVER, schedule))
+
+    def _before(self, forecast: Forecast) -> Mapping[int, str]:
+        """Expert -> node of the forecast that this one replaces."""
+        if not forecast.instead:
+            return {}
+        return self._sharing.where(forecast.span, forecast.layer) or self._placed(forecast.layer, forecast.instead)
+
+    def _dealt(self, forecast: Forecast) -> Mapping[int, str]:
+        """Expert -> node."""
+        view = self._view
+        if view.mode != "on-demand" or view.placing != "span":
+            return self._placed(forecast.layer, forecast.experts)
+        return self._sharing.deal(
+            forecast.span,
+            forecast.layer,
+            forecast.experts,
+            view.members,
+            group_size=view.group_size,
+            num_layers=self._num_layers,
+        )
 
     def _void(self, rollback: Rollback) -> None:
         """To the server and to every node of the view: any of them may have been told of some layer."""

@@ -35,6 +35,8 @@ class Answer:
     text: str
     tokens: tuple[Token, ...]
     ending: Ending
+    prompt: tuple[Token, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 class Dialect(Protocol):
@@ -79,13 +81,13 @@ class Answerer:
     def room(self, prompt_ids: Sequence[int], *, wanted: int | None, param: str) -> int:
         """How many tokens an answer to this prompt may have. Raises ContextTooLong."""
         room = self.engine.context_length - len(prompt_ids)
-        if room < 1:
+        if room < (0 if wanted == 0 else 1):
             raise ContextTooLong(
                 f"This model's maximum context length is {self.engine.context_length} tokens. However, your {param}"
                 f" resulted in {len(prompt_ids)} tokens, which leaves no room for an answer. Please shorten them.",
                 param=param,
             )
-        return min(wanted or room, room)
+        return room if wanted is None else min(wanted, room)
 
     async def answer(self, jobs: Sequence[Job], *, dialect: Dialect, stream: bool, request: Request) -> Response:
         """The response, or an exception from the error table. All `jobs` run at once; if one fails, none is answered.
@@ -155,6 +157,8 @@ async def _collect(pump: Pump[Piece | Ending], num_answers: int) -> list[Answer]
             text="".join(piece.text for piece in pieces[index]),
             tokens=tuple(token for piece in pieces[index] for token in piece.tokens),
             ending=endings[index],
+            prompt=tuple(token for piece in pieces[index] for token in piece.prompt),
+            ids=(*(token_id for piece in pieces[index] for token_id in piece.ids), *endings[index].ids),
         )
         for index in range(num_answers)
     ]

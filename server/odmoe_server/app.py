@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan
 
-from odmoe_server import bodies, openapi, probes
+from odmoe_server import bodies, hosts, openapi, probes
 from odmoe_server.answering import Answerer
 from odmoe_server.anthropic import messages
 from odmoe_server.anthropic.answers import MessageEvent
@@ -61,6 +61,7 @@ def create_app(
     text: TextCodec,
     catalog: Catalog,
     api_keys: Sequence[str] = (),
+    allowed_hosts: Sequence[str] = hosts.ANY,
     keep_alive_s: float = 5.0,
     limits: ServiceLimits | None = None,
     metrics_prefix: str = "odmoe",
@@ -82,7 +83,7 @@ def create_app(
         redoc_url=None,
         responses=_ERRORS,
     )
-    app.add_middleware(Guard, keys=api_keys, metrics=metrics)
+    app.add_middleware(Guard, keys=api_keys, hosts=allowed_hosts, metrics=metrics)
     _add_error_handlers(app)
     chat = ChatService(answerer=answerer, catalog=catalog, kit=kit)
     stored = ResponsesService(chat=chat)

@@ -11,23 +11,35 @@ from odmoe_server.text import Detokeniser
 @dataclass(frozen=True)
 class Piece:
     """More of the answer's text; never empty, except the first one of an answer. `tokens` are those whose text is
-    complete with it, where log probabilities were asked for; `num_tokens` counts the answer's so far."""
+    complete with it, where log probabilities were asked for; `num_tokens` counts the answer's so far. `prompt`: the
+    prompt's own tokens, ahead of all text, where those were asked for. `ids`: those of all tokens that have come since
+    the last piece, where they were asked for."""
 
     text: str
     tokens: tuple[Token, ...] = ()
     num_tokens: int = 0
+    prompt: tuple[Token, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 class Assembler:
-    """Puts one answer together. Before `min_tokens` no stop string is looked for."""
+    """Puts one answer together. Before `min_tokens` no stop string is looked for. `with_hidden`: among the tokens are
+    also those without a text that is shown."""
 
     def __init__(
-        self, detokeniser: Detokeniser, stops: StopFilter, *, min_tokens: int = 0, with_tokens: bool = False
+        self,
+        detokeniser: Detokeniser,
+        stops: StopFilter,
+        *,
+        min_tokens: int = 0,
+        with_tokens: bool = False,
+        with_hidden: bool = False,
     ) -> None:
         self._detokeniser = detokeniser
         self._stops = stops
         self._min_tokens = min_tokens
         self._spans = _Spans() if with_tokens else None
+        self._with_hidden = with_hidden
         self.num_tokens = 0
 
     @property
@@ -39,16 +51,19 @@ class Assembler:
         """What may be shown now; None if that is nothing new."""
         self.num_tokens += 1
         text = self._detokeniser.push(token.token_id)
-        if self._spans is not None and not self._detokeniser.hides(token.token_id):
+        if self._spans is not None and (self._with_hidden or not self._detokeniser.hides(token.token_id)):
             self._spans.add(token, text)
         shown = text if self.num_tokens <= self._min_tokens else self._stops.push(text)
         return self._piece(shown) if shown or self.num_tokens == 1 else None
 
-    def flush(self) -> Piece | None:
-        """What is left when no token comes any more."""
+    def flush(self, end: Token | None = None) -> Piece | None:
+        """What is left when no token comes any more but the one that ends the answer."""
         text = self._detokeniser.flush()
         if self._spans is not None:
             self._spans.complete(text)
+            if end is not None and self._with_hidden:
+                self._spans.add(end, "")
+                self._spans.complete("")
         shown = self._stops.push(text) + self._stops.flush()
         tokens = self._spans.rest() if self._spans is not None and not self._stops.stopped else ()
         piece = self._piece(shown)

@@ -46,6 +46,11 @@ class ServingSettings(RoleSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: SecretStr | None = Field(None, description="key clients must send; a flag shows in ps, a variable not")
     api_key_file: Path | None = Field(None, description="file with such keys, one a line")
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="names clients may call this server by, comma separated, such as llm.example.org or *.example.org;"
+        " else localhost where --host is loopback and no key is set, and any elsewhere; addresses always may",
+    )
     default_temperature: float | None = Field(
         None, ge=0, le=2, description="for requests that give none; else the checkpoint's own, else 1"
     )
@@ -127,12 +132,18 @@ class ServingSettings(RoleSettings):
     trace: Path | None = Field(
         None, description="file to write which experts the gates chose into, a line a layer; 256 MB, then FILE.1"
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]",
+        description="send OpenTelemetry traces there by OTLP over HTTP, such as http://localhost:4318; else where "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says; else no traces",
+    )
     device: str = Field("cpu", description="torch device of attention and routers, such as cpu or cuda:0")
     metrics_prefix: str = Field("odmoe", pattern=r"^[A-Za-z_]\w*$", description="prefix of the metrics' names")
     log_level: LogLevel = Field("info", description="least important messages to log")
     log_format: LogFormat = Field("text", description="of every role: lines for people, or one JSON object a line")
 
-    @field_validator("served_model_names", mode="before")
+    @field_validator("served_model_names", "allowed_hosts", mode="before")
     @classmethod
     def _names_between_commas(cls, names: object) -> object:
         if isinstance(names, str):

@@ -52,7 +52,11 @@ class Sampling:
 class GenerationRequest:
     """One sequence to generate. `prompt_ids` is not empty and len(prompt_ids) + max_tokens fits the context. What one
     `tenant` sent speeds up only its own prompts. `alpha`: how far below the others an expert may score to be replaced
-    by one that is at hand; 0 replaces none, None is the server's own. Servers that replace none do not look at it."""
+    by one that is at hand; 0 replaces none, None is the server's own. Servers that replace none do not look at it.
+
+    `max_tokens` may be 0 where the prompt is only to be read. `prompt_logprobs`: as `Sampling.top_logprobs`, of the
+    prompt's tokens. `routed_experts`: tell which experts computed each token. For either the whole prompt is computed,
+    whatever is known of its head."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -60,6 +64,13 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     tenant: str = ""
     alpha: float | None = None
+    prompt_logprobs: int | None = None
+    routed_experts: bool = False
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is to be told of each token of the prompt."""
+        return self.prompt_logprobs is not None or self.routed_experts
 
 
 @dataclass(frozen=True)
@@ -73,20 +84,33 @@ class Substituted:
 @dataclass(frozen=True)
 class Token:
     """The next token of the sequence. End tokens are not delivered. With log probabilities asked for: `logprob` is its
-    own, `top` the likeliest tokens' ids and theirs, best first. Where experts may be replaced, `substituted` says how
-    many have been."""
+    own, `top` the likeliest tokens' ids and theirs, best first; of a prompt's tokens, `rank` is its place among all,
+    from 1. Where experts may be replaced, `substituted` says how many have been. `experts_TLK`, where asked for: which
+    experts computed the token before it, if that was not the prompt's."""
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     substituted: Substituted | None = None
+    rank: int | None = None
+    experts_TLK: "Tensor | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPrompt:
+    """Comes first where something was to be told of the prompt. `tokens`: its own, the first without a log probability,
+    since nothing stands before it; none where none were asked for. `experts_TLK`: for each of its tokens and each MoE
+    layer which experts computed it."""
+
+    tokens: tuple[Token, ...] = ()
+    experts_TLK: "Tensor | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
     """The last event of every generation that was not closed by its consumer. `completion_tokens` counts the end
-    token too, as OpenAI's usage does. The times follow one another: in the queue, from there to the first token, and
-    from there to the last."""
+    token too, as OpenAI's usage does; that is `end`, if one ended it. The times follow one another: in the queue, from
+    there to the first token, and from there to the last."""
 
     reason: FinishReason
     prompt_tokens: int
@@ -96,6 +120,7 @@ class Finished:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     cached_tokens: int = 0
+    end: Token | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +131,8 @@ class ExpertStats:
     lay in their slot when the compute arrived, `late` were being loaded, `missed` had to be ordered by the compute.
     `wait_s` adds up what each expert was waited for, `stall_s` only the longest wait of each layer: nodes wait side by
     side. `drafted` tokens were taken from the shadow and verified, `accepted` of them were right. `substituted`
-    activations were served by another expert (importance mode only)."""
+    activations were served by another expert (importance mode only). `loaded_bytes` were copied into slots for these
+    activations; what wrong forecasts loaded is not in it, and what several answers shared counts for each of them."""
 
     activations: int = 0
     predicted: int = 0
@@ -119,6 +145,7 @@ class ExpertStats:
     drafted: int = 0
     accepted: int = 0
     substituted: int = 0
+    loaded_bytes: int = 0
 
 
 class EngineError(Exception):
@@ -158,6 +185,7 @@ class LayerOutcomes:
     hit: int
     late: int
     missed: int
+    substituted: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +278,9 @@ class Engine(Protocol):
         """Most tokens prompt and answer may have together."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Token | Finished, None]:
-        """Tokens as they come, then `Finished`. Raises `QueueFull` or `NotReady` before the first token,
-        `GenerationFailed` at any time. Closing the generator ends the sequence within one step."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[ReadPrompt | Token | Finished, None]:
+        """`ReadPrompt` where asked for, tokens as they come, then `Finished`. Raises `QueueFull` or `NotReady` before
+        the first token, `GenerationFailed` at any time. Closing the generator ends the sequence within one step."""
         ...
 
     def health(self) -> EngineHealth:

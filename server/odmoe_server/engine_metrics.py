@@ -40,7 +40,7 @@ class EngineCollector(Collector):
         health = self._engine.health()
         yield from self._requests(health)
         yield from self._experts(health)
-        yield self._by_layer(health.cluster.layers)
+        yield from self._by_layer(health.cluster.layers)
         yield from self._cluster(health)
         yield from self._peers(health.nodes)
 
@@ -98,23 +98,27 @@ class EngineCollector(Collector):
         yield self._counter("expert_wait_seconds", "Time computes waited for experts.", totals.wait_s)
         text = "Time decode steps waited for experts: of each layer, the longest wait."
         yield self._counter("expert_stall_seconds", text, totals.stall_s)
-        text = "Activations served by another expert (importance mode)."
-        yield self._counter("expert_substitutions", text, totals.substituted)
         text = "Tokens taken from the shadow and verified."
         yield self._counter("spec_decode_num_draft_tokens", text, totals.drafted)
         yield self._counter("spec_decode_num_accepted_tokens", "Those of them that were right.", totals.accepted)
 
-    def _by_layer(self, layers: Iterable[LayerOutcomes]) -> Metric:
+    def _by_layer(self, layers: Iterable[LayerOutcomes]) -> Iterable[Metric]:
         outcomes = CounterMetricFamily(
             f"{self._prefix}:expert_predictions",
             "Experts of decode steps by how the compute found them: hit (in its slot), late (being loaded), miss (not"
             " ordered yet).",
             labels=("layer", "outcome"),
         )
+        replaced = CounterMetricFamily(
+            f"{self._prefix}:expert_substitutions",
+            "Activations served by another expert (importance mode).",
+            labels=("layer",),
+        )
         for layer in layers:
             for outcome, count in (("hit", layer.hit), ("late", layer.late), ("miss", layer.missed)):
                 outcomes.add_metric((str(layer.layer), outcome), count)
-        return outcomes
+            replaced.add_metric((str(layer.layer),), layer.substituted)
+        yield from (outcomes, replaced)
 
     def _cluster(self, health: EngineHealth) -> Iterable[Metric]:
         cluster = health.cluster

@@ -1,4 +1,5 @@
-"""What every request passes before it reaches a route: a request id, the API key, and the access log afterwards.
+"""What every request passes before it reaches a route: a request id, the Host header, the API key, and the access log
+afterwards.
 
 Knows ASGI and keys. Does not know routes, apart from those that need no key, nor what is in a body: no prompt is
 ever logged.
@@ -19,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from odmoe_server.anthropic.errors import error_body
 from odmoe_server.engine_api import NotReady
+from odmoe_server.hosts import is_allowed
 from odmoe_server.metrics import Metrics
-from odmoe_server.openai.errors import SHUTTING_DOWN, BadKey, problem_of
+from odmoe_server.openai.errors import SHUTTING_DOWN, BadKey, UntrustedHost, problem_of
 from odmoe_wire import logs
 
 access_log = logging.getLogger("odmoe_server.access")
@@ -35,10 +37,12 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Guard:
-    """The outermost layer of the application. Without `keys` everyone may come in."""
+    """The outermost layer of the application. Without `keys` everyone may come in; `hosts` are the names it answers
+    to."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], hosts: Sequence[str], metrics: Metrics) -> None:
         self._app = app
+        self._hosts = tuple(hosts)
         self._keys = tuple(key.encode() for key in keys)
         self._metrics = metrics
 
@@ -49,9 +53,10 @@ class Guard:
         headers = Headers(scope=scope)
         passage = _Passage(scope, send, request_id=_request_id(headers))
         try:
+            self._check_host(headers)
             self._check_key(scope, headers)
             await self._app(scope, receive, passage.send)
-        except BadKey as error:
+        except (UntrustedHost, BadKey) as error:
             await passage.answer(error)
         except asyncio.CancelledError:  # the time for draining is over
             if passage.status is None:
@@ -64,6 +69,11 @@ class Guard:
         finally:
             passage.log()
             self._metrics.http_answer(handler=_handler(scope), method=scope["method"], status=passage.status or 499)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Raises UntrustedHost."""
+        if not is_allowed(headers.get("host"), self._hosts):
+            raise UntrustedHost("This server does not answer to that Host name; --allowed-hosts says to which it does.")
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         """Raises BadKey. Of requests with a key, says in the scope's state whose they are, without the key."""

@@ -4,6 +4,7 @@ The one place which knows all of them. Loading the weights takes a while; the po
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp
 
 from odmoe_model.skeleton import load_generation_config, load_tokenizer
 from odmoe_model.store import ExpertStore
-from odmoe_server import listening, models
+from odmoe_server import hosts, listening, models
 from odmoe_server.app import create_app
 from odmoe_server.catalog import Catalog
 from odmoe_server.config import AlignPeriod, ServerSettings, ServingSettings
@@ -32,6 +33,7 @@ from odmoe_server.importance.options import ImportanceOptions
 from odmoe_server.limits import ServiceLimits
 from odmoe_server.slow_clients import HastyProtocol
 from odmoe_server.text import TextCodec
+from odmoe_server.tracing.option import open_tracing
 from odmoe_wire import logs
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.lifeline import end_with_parent
@@ -65,7 +67,8 @@ def run(settings: ServerSettings, *, store_path: Path) -> None:
     fd = settings.listen_fd
     listener = listening.inherited(fd) if fd is not None else listening.bind(settings.host, settings.port)
     store = ExpertStore.open(store_path, verify=False)
-    engine = build_engine(store, engine_options(settings), context=zmq.Context())
+    tracing = open_tracing(settings.otlp_endpoint, environ=os.environ)
+    engine = build_engine(store, replace(engine_options(settings), spans=tracing), context=zmq.Context())
     drains: list[Drain] = []
     app = build_app(
         settings,
@@ -78,7 +81,7 @@ def run(settings: ServerSettings, *, store_path: Path) -> None:
     # uvicorn catches these while it runs and raises them again when it is done: by then they have done their work.
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: None)
-    drain = Drain(app, drain_s=settings.drain_s)
+    drain = Drain(app if tracing is None else tracing.around(app), drain_s=settings.drain_s)
     drains.append(drain)
     DrainingServer(uvicorn_config(drain, settings), drain=drain).run(sockets=[listener])
 
@@ -99,13 +102,15 @@ def build_app(
         fingerprint=f"odmoe_{store.manifest.digest[:12]}",
         sampling=default_sampling(store, settings),
     )
+    keys = api_keys(settings)
     return create_app(
         engine=engine,
         text=TextCodec(
             load_tokenizer(store), num_embeddings=store.manifest.config.get("vocab_size"), end_ids=end_ids(store)
         ),
         catalog=catalog,
-        api_keys=api_keys(settings),
+        api_keys=keys,
+        allowed_hosts=hosts.names_allowed(settings.allowed_hosts, host=settings.host, has_keys=bool(keys)),
         keep_alive_s=settings.keep_alive_s,
         limits=service_limits(settings),
         metrics_prefix=settings.metrics_prefix,

@@ -3,13 +3,14 @@
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from chaos import campaign
 from chaos.clients import questions
-from chaos.report import promises_broken, record_of
+from chaos.report import promises_broken, record_of, under_curve
 from odmoe_model.prepare import prepare
 from odmoe_server.bench.record import results_directory
 from support.serve_process import chat_checkpoint
@@ -20,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=20_260_101)
+    parser.add_argument("--curve-faults", type=int, default=40, help="of a second campaign, on encrypted links")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=24, help="length of each answer")
@@ -47,15 +49,21 @@ def main() -> int:
             say=lambda text: console.print(text, markup=False, highlight=False),
         )
         ledger = campaign.run(plan)
-    record = record_of(ledger, plan=plan, took_s=time.monotonic() - began_s)
+        took_s, encrypted = time.monotonic() - began_s, None
+        if options.curve_faults:
+            console.print("now under CURVE")
+            (logs / "curve").mkdir(exist_ok=True)
+            encrypted = campaign.run(replace(plan, curve=True, faults=options.curve_faults, home=logs / "curve"))
+    record = record_of(ledger, plan=plan, took_s=took_s, encrypted=encrypted)
     console.print(record.table())
-    for name, value in ledger.summary().items():
+    for name, value in {**ledger.summary(), **under_curve(encrypted)}.items():
         console.print(f"{name:<26} {value}", highlight=False)
     folder = options.out or results_directory()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{record.stem}.json").write_text(record.json(), encoding="utf-8")
     (folder / f"{record.stem}.md").write_text(record.markdown(picture=None), encoding="utf-8")
     broken = promises_broken(ledger)
+    broken += [] if encrypted is None else [f"under CURVE: {sentence}" for sentence in promises_broken(encrypted)]
     for sentence in broken:
         console.print(f"BROKEN: {sentence}", style="red", highlight=False, markup=False)
     return 1 if broken else 0

@@ -13,7 +13,7 @@ from typing import Final
 from chaos import roles
 from chaos.clients import Client, Question
 from chaos.cluster import Cluster
-from chaos.faults import Fault, draw
+from chaos.faults import OF_FRAMES, Fault, draw
 from chaos.ledger import Happened, Ledger
 
 HEALTHY_NODES: Final = 2
@@ -25,7 +25,7 @@ _QUIET_S: Final = 0.5
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is asked of a campaign. `most_hold_s` cuts what lasts longer; `budget_s` bounds the whole: faults that have
-    not begun by then are left out."""
+    not begun by then are left out. With `curve` all links are encrypted, and no fault changes their frames."""
 
     store: Path
     home: Path
@@ -37,6 +37,7 @@ class Plan:
     pace_s: float = 0.8
     most_hold_s: float = 10.0
     budget_s: float = 900.0
+    curve: bool = False
     say: Callable[[str], None] = lambda text: None
 
 
@@ -73,7 +74,14 @@ class _Campaign:
             await asyncio.gather(*asking)
 
     async def _do_all(self) -> None:
-        faults = draw(seed=self.plan.seed, count=self.plan.faults, nodes=self.cluster.nodes, pace_s=self.plan.pace_s)
+        without = OF_FRAMES if self.plan.curve else frozenset[str]()
+        faults = draw(
+            seed=self.plan.seed,
+            count=self.plan.faults,
+            nodes=self.cluster.nodes,
+            pace_s=self.plan.pace_s,
+            without=without,
+        )
         until_s = monotonic() + self.plan.budget_s
         for drawn in faults:
             fault = replace(drawn, hold_s=min(drawn.hold_s, self.plan.most_hold_s))
@@ -128,7 +136,7 @@ def run(plan: Plan) -> Ledger:
     """The whole of it; nothing is left running."""
 
     async def whole() -> Ledger:
-        cluster = Cluster(plan.store, plan.home, plan.nodes, plan.seed)
+        cluster = Cluster(plan.store, plan.home, plan.nodes, plan.seed, curve=plan.curve)
         try:
             await cluster.start()
             campaign = _Campaign(plan=plan, cluster=cluster)

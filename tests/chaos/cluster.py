@@ -18,6 +18,7 @@ import httpx
 from chaos import roles
 from chaos.faults import OF_PROCESSES, Fault
 from chaos.proxy import Proxy
+from odmoe_wire.keys import make
 
 READY_S: Final = 120.0
 _PROBE_S: Final = 0.1
@@ -32,12 +33,14 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """Server, predictor and nodes. `proxies` are by (client, server) of the link."""
+    """Server, predictor and nodes, with `curve` on links that are encrypted and for those with a key only. `proxies`
+    are by (client, server) of the link."""
 
     store: Path
     home: Path
     num_nodes: int
     seed: int
+    curve: bool = False
     processes: roles.Processes = field(default_factory=roles.Processes)
     proxies: dict[tuple[str, str], Proxy] = field(default_factory=dict)
     _http: int = field(default_factory=free_port)
@@ -122,8 +125,12 @@ class Cluster:
             proxy.weather.clear()
 
     def _add_all(self) -> None:
+        keys: dict[str, object] = {}
+        if self.curve:
+            keys["keys-dir"] = self.home / "keys"
+            make(self.home / "keys", ["server", "predictor", *self.nodes])
         for name, role, options in self._plan():
-            common = {"store": self.store} if role != "server" else {"model": self.store}
+            common = {**keys, "model" if role == "server" else "store": self.store}
             self.processes.add(name, role, {**common, **options}, log=self.home / f"{name}.log")
 
     def _plan(self) -> Iterator[tuple[str, str, dict[str, object]]]:

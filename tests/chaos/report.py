@@ -1,6 +1,6 @@
 """A campaign's record, and which promises it found broken. Knows figures only."""
 
-from typing import Final
+from typing import Any, Final
 
 from chaos.campaign import Plan
 from chaos.ledger import Ledger
@@ -19,8 +19,8 @@ _COLUMNS: Final = (
 )
 
 
-def record_of(ledger: Ledger, *, plan: Plan, took_s: float) -> Record:
-    """For tests/bench/results."""
+def record_of(ledger: Ledger, *, plan: Plan, took_s: float, encrypted: Ledger | None = None) -> Record:
+    """For tests/bench/results; `encrypted` is of a further campaign, under CURVE."""
     return Record(
         name="chaos",
         title=f"Chaos: {len(ledger.happened)} faults under load",
@@ -30,15 +30,33 @@ def record_of(ledger: Ledger, *, plan: Plan, took_s: float) -> Record:
         columns=_COLUMNS,
         rows=ledger.rows(),
         facts={
-            "summary": ledger.summary(),
+            "summary": {**ledger.summary(), **under_curve(encrypted)},
             "seed": plan.seed,
             "nodes": plan.nodes,
             "clients": plan.clients,
             "took_s": round(took_s, 1),
             "silences": ledger.silences(longer_than_s=LONG_SILENCE_S),
         },
-        notes=_notes(ledger, plan=plan, took_s=took_s),
+        notes=[*_notes(ledger, plan=plan, took_s=took_s), *_notes_of_curve(encrypted)],
     )
+
+
+def under_curve(encrypted: Ledger | None) -> dict[str, Any]:
+    """Its figures by the same names, apart."""
+    return {} if encrypted is None else {"under_curve": encrypted.summary()}
+
+
+def _notes_of_curve(encrypted: Ledger | None) -> list[str]:
+    if encrypted is None:
+        return ["No part of the campaign ran under CURVE."]
+    found = encrypted.summary()
+    return [
+        f"A further {found['faults']} faults befell a cluster with CURVE on every link, none of which changed frames "
+        f"(drop and duplicate): {found['requests']} requests, {found['wrong_answers']} wrong, "
+        f"{found['failed_requests']} failed while the server was there, {found['ended_with_the_server']} ended with "
+        f"it; recovery p50 {found['recovery_s_p50']} s, p99 {found['recovery_s_p99']} s. The figures above are of "
+        "links in plain text.",
+    ]
 
 
 def _notes(ledger: Ledger, *, plan: Plan, took_s: float) -> list[str]:

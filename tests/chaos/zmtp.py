@@ -1,7 +1,7 @@
 """What of a ZMTP 3 byte stream is one message: enough of the protocol to lose, repeat or delay whole messages.
 
 Pure: bytes in, chunks out. Knows neither sockets nor what a message says. Without encryption only: CURVE's boxes carry
-a counter, and libzmq itself drops the connection of who repeats or omits one.
+a counter, and libzmq itself drops the connection of who repeats one.
 """
 
 from collections.abc import Iterator

@@ -108,10 +108,25 @@ def test_substitution_turns_misses_into_hits(store_and_expected: tuple[ExpertSto
         assert len(tokens) == NUM_TOKENS
         shares.append(stats.substituted / stats.activations)
         hits.append(stats.hit / stats.activations)
-        assert stats.substituted == cluster.total.substituted
+        by_layer = [layer.substituted for layer in cluster.state.ledger.outcomes()]
+        assert stats.substituted == cluster.total.substituted == sum(by_layer)
         assert_residency_is_true(cluster)
     assert shares[0] == 0 < shares[1] < shares[2]
     assert hits[0] < hits[2] - 0.1
+
+
+def test_hits_grow_with_alpha_where_the_next_gates_choice_is_fetched(
+    store_and_expected: tuple[ExpertStore, list[int]],
+) -> None:
+    """With few slots they fell: what no longer had to run was not fetched, though nothing could stand in for it."""
+    store, _ = store_and_expected
+    shares = []
+    for alpha in (0.0, 0.2, 0.6):
+        cluster = ready_cluster(store, alpha=alpha, prefetch="gate", slots=(4,))
+        _, stats = cluster.generate(PROMPT, max_tokens=NUM_TOKENS)
+        shares.append((stats.hit + stats.late) / stats.activations)
+        assert_residency_is_true(cluster)
+    assert shares[0] < shares[1] < shares[2], shares
 
 
 @pytest.mark.parametrize("prefetch", ["auto", "shadow"])

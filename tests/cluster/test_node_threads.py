@@ -21,7 +21,6 @@ from odmoe_wire.messages import (
     Heartbeat,
     Hello,
     Load,
-    Loaded,
     Refused,
     Release,
     Result,
@@ -189,7 +188,7 @@ def test_a_load_nobody_waits_for_is_found_by_whoever_comes_next(
             _, received = server.expect(Result)
             assert isinstance(received.message, Result)
             assert received.message.timings[0].wait_s < 10.0, "it did not wait for a life sign"
-            server.expect(Loaded)
+            assert [loaded.expert for loaded in received.message.loaded] == [request_id]
 
 
 def test_a_refusal_ends_the_agent_with_the_servers_reason(

@@ -17,6 +17,7 @@ DATES = {
     "server/odmoe_server/openai/completions.py",
     "server/odmoe_server/openai/responses.py",
     "server/odmoe_server/serving.py",
+    "server/odmoe_server/tracing/spans.py",
 }
 
 

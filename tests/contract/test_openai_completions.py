@@ -123,7 +123,6 @@ def test_logprobs() -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "the end"}, "suffix"),
         ({"messages": []}, "messages"),

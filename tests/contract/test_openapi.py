@@ -85,7 +85,7 @@ def exactly(model: type[BaseModel]) -> type[BaseModel]:
 
 
 EVERYTHING = {"logprobs": True, "top_logprobs": 2, "n": 2, "stop": "no", "return_metrics": True}
-EVERYTHING |= {"return_expert_stats": True}
+EVERYTHING |= {"return_expert_stats": True, "return_token_ids": True}
 
 
 @pytest.mark.parametrize("fields", [{}, EVERYTHING, {"stop": "i"}])

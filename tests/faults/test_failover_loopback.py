@@ -9,7 +9,8 @@ import pytest
 
 from odmoe_model.store import ExpertStore
 from odmoe_server.cluster.calls import CallError
-from odmoe_wire.messages import Compute, Load, Result
+from odmoe_server.cluster.timeline import Timeline, Told
+from odmoe_wire.messages import Compute, Load, Result, Withdraw
 from support.loopback_cluster import LoopbackCluster
 from support.reference import reference_tokens
 from support.stores import tiny_store
@@ -107,6 +108,24 @@ def test_a_link_too_slow_for_the_deadline_is_hedged(cluster: LoopbackCluster, ex
     cluster.network.heal("a", "server")
     cluster.settle(seconds=4.0)
     assert cluster.state.dispatch.duplicates_total > 0
+    cluster.assert_nothing_held()
+
+
+def test_who_was_late_is_told_that_its_answer_is_not_needed(cluster: LoopbackCluster, expected: list[int]) -> None:
+    told: list[Told] = []
+    cluster.driver.timeline = Timeline(lambda mark: told.append(mark) if isinstance(mark, Told) else None, lambda: 0.0)
+
+    def stand_still(count: int) -> None:
+        cluster.roles["a"].paused = count >= 7
+
+    tokens, _ = cluster.generate(PROMPT, max_tokens=NUM_TOKENS, on_token=stand_still)
+    assert tokens == expected
+    asked = {each.message.request_id for each in told if each.peer_id == "a" and isinstance(each.message, Compute)}
+    spared = [each.message.request_id for each in told if isinstance(each.message, Withdraw)]
+    assert spared, "another node was first with it"
+    assert asked.issuperset(spared)
+    assert {each.peer_id for each in told if isinstance(each.message, Withdraw)} == {"a"}
+    cluster.roles["a"].paused = False
     cluster.assert_nothing_held()
 
 

@@ -204,10 +204,10 @@ class LoopbackCluster:
         self.trace(routed)
 
     def generate_together(
-        self, prompts: Sequence[Sequence[int]], *, max_tokens: int
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, by_layer: bool = False
     ) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
         """Greedy tokens of several sequences decoded together, and the logits_V each was chosen from. Each joins a step
-        after the one before."""
+        after the one before; with `by_layer` a step with answers comes behind every layer of a prompt."""
         waiting = [self._generation(prompt_ids, max_tokens) for prompt_ids in prompts]
         everybody, running = list(waiting), list[Generation]()
         logits: dict[int, list[torch.Tensor]] = {generation.sequence_id: [] for generation in waiting}
@@ -215,18 +215,47 @@ class LoopbackCluster:
         while waiting or running:
             running += [waiting.pop(0)] if waiting else []
             batch = rota.next_batch(running)
-            for generation in batch:
-                if not generation.is_prompt:
-                    self._loaded.stepper.draft(generation, most=rota.num_drafts(len(batch)))
-            for generation, rows in zip(batch, self._loaded.stepper.step(batch), strict=True):
-                before = len(generation.ids)
-                self._loaded.stepper.take(generation, rows)
-                logits[generation.sequence_id] += rows[: len(generation.ids) - before]
-                if generation.finish_reason is not None:
-                    running.remove(generation)
-                    self.driver.end_sequence(generation.sequence_id)
+            if by_layer and batch[0].is_prompt:
+                brought = self._by_layer(batch, running, logits)
+            else:
+                brought = self._step_of(batch, num_drafts=rota.num_drafts(len(batch)))
+            self._take(batch, brought, running, logits)
         tokens = [each.ids[len(each.request.prompt_ids) :] for each in everybody]
         return tokens, [logits[each.sequence_id] for each in everybody]
+
+    def _step_of(self, batch: Sequence[Generation], *, num_drafts: int = 0) -> list[list[torch.Tensor]]:
+        for generation in batch:
+            if not generation.is_prompt:
+                self._loaded.stepper.draft(generation, most=num_drafts)
+        return self._loaded.stepper.step(batch)
+
+    def _by_layer(
+        self, batch: Sequence[Generation], running: list[Generation], logits: dict[int, list[torch.Tensor]]
+    ) -> list[list[torch.Tensor]]:
+        layers = self._loaded.stepper.step_by_layer(batch)
+        while True:
+            try:
+                next(layers)
+            except StopIteration as done:
+                brought: list[list[torch.Tensor]] = done.value
+                return brought
+            if answers := [generation for generation in running if not generation.is_prompt]:
+                self._take(answers, self._step_of(answers), running, logits)
+
+    def _take(
+        self,
+        batch: Sequence[Generation],
+        brought: Sequence[list[torch.Tensor]],
+        running: list[Generation],
+        logits: dict[int, list[torch.Tensor]],
+    ) -> None:
+        for generation, rows in zip(batch, brought, strict=True):
+            before = len(generation.ids)
+            self._loaded.stepper.take(generation, rows)
+            logits[generation.sequence_id] += rows[: len(generation.ids) - before]
+            if generation.finish_reason is not None:
+                running.remove(generation)
+                self.driver.end_sequence(generation.sequence_id)
 
     def _generation(self, prompt_ids: Sequence[int], max_tokens: int) -> Generation:
         self._sequence_id += 1

@@ -36,6 +36,7 @@ from odmoe_wire.messages import (
     Span,
     View,
     Welcome,
+    Withdraw,
 )
 
 SLOT_BYTES = 1000
@@ -115,6 +116,9 @@ class NodeRig:
 
     def cancel(self, sequence: int = 1) -> None:
         self.tell(Cancel(sequence=sequence), epoch=1)
+
+    def withdraw(self, request_id: int) -> None:
+        self.tell(Withdraw(request_id=request_id), epoch=1)
 
     def tell(self, message: object, *, epoch: int) -> None:
         self.event(Told(message, epoch))  # type: ignore[arg-type]

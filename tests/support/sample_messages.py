@@ -85,7 +85,9 @@ SAMPLES: dict[type, tuple[m.AnyMessage, tuple[Blob, ...]]] = {
         ),
         (m.LoadFailed(layer=1, expert=5, reason="no memory"), ()),
         (
-            m.Result(request_id=3, layer=1, timings=[m.ExpertTiming(5, "late", 0.5, 0.25)], held=[m.ExpertRef(1, 5)]),
+            m.Result(
+                request_id=3, layer=1, timings=[m.ExpertTiming(5, "late", 0.5, 0.25, True)], held=[m.ExpertRef(1, 5)]
+            ),
             (_ROWS_TH,),
         ),
         (m.ComputeFailed(request_id=3, code="expired", reason="too late"), ()),
@@ -119,6 +121,7 @@ SAMPLES: dict[type, tuple[m.AnyMessage, tuple[Blob, ...]]] = {
         (m.Load(spans=[_SPAN], layer=1, experts=[2, 5], leaving=[m.ExpertRef(0, 3)]), ()),
         (m.Release(spans=[_SPAN], layer=1), ()),
         (m.Cancel(sequence=7), ()),
+        (m.Withdraw(request_id=3), ()),
         (m.Start(sequence=7), ()),
         (
             m.Align(

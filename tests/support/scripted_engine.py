@@ -120,7 +120,10 @@ READY = EngineHealth(
         realigns_total=45,
         loop_errors_total=46,
         lead_layers=47,
-        layers=(LayerOutcomes(layer=0, hit=5, late=1, missed=0), LayerOutcomes(layer=1, hit=2, late=1, missed=1)),
+        layers=(
+            LayerOutcomes(layer=0, hit=5, late=1, missed=0),
+            LayerOutcomes(layer=1, hit=2, late=1, missed=1, substituted=3),
+        ),
         story=((12.5, "node node-0 joined"),),
     ),
 )

@@ -20,8 +20,9 @@ from odmoe_server.cluster.events import (
 )
 from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.state import ClusterState
-from odmoe_wire.homes import placed
 from odmoe_wire.messages import AnyMessage, Hello, Rollback, Schedule, Span, ToNode
+from odmoe_wire.placement import place
+from odmoe_wire.sharing import Sharing
 from support.node_rig import NodeRig
 
 TOP_K = 2
@@ -48,6 +49,7 @@ class Verifying:
         self._wrong = wrong
         self._told: dict[int, Told] = {}
         self._last_call = 0
+        self._sharing = Sharing()
         self._parts: list[PartDone] = []
         for peer_id in [*self.nodes, PREDICTOR]:
             self._say(peer_id, _hello(peer_id, config, slots=num_slots), epoch=0)
@@ -137,19 +139,19 @@ class Verifying:
         self._act(self.state.handle(PeerMessage(peer_id=peer_id, epoch=epoch, message=message), 0.0))
 
     def _schedule(self, span: Span, layer: int, experts: list[int]) -> None:
-        where = placed(
-            layer,
-            experts,
-            self.state.peers.members(),
-            self.config.group_size,
-            mode=self.config.mode,
-            num_layers=self.config.num_layers,
-            placing=self.config.placing,
-        )
+        where = self._dealt(span, layer, experts)
         for node_id in sorted(set(where.values())):
             share = [expert for expert in experts if where[expert] == node_id]
             self._spread(Schedule(span=span, layer=layer, experts=share), [node_id], tell_server=False)
         self._spread(Schedule(span=span, layer=layer, experts=experts), [])
+
+    def _dealt(self, span: Span, layer: int, experts: list[int]) -> dict[int, str]:
+        config, members = self.config, self.state.peers.members()
+        if config.placing == "span":
+            return self._sharing.deal(
+                span, layer, experts, members, group_size=config.group_size, num_layers=config.num_layers
+            )
+        return place(layer, experts, members, config.group_size, config.num_layers, placing=config.placing)
 
     def _spread(self, message: Schedule | Rollback, node_ids: Iterable[str], *, tell_server: bool = True) -> None:
         epoch = self.state.peers.epoch

@@ -127,11 +127,26 @@ def test_what_nobody_wants_is_broken_off_and_gives_slot_and_link_back() -> None:
     assert sorted(device.gate(1, NO_SCORES)) == [3]
 
 
-def test_low_score_experts_are_not_fetched() -> None:
-    device = a_device(slots=4, eviction="score", prefetch=True)
+@pytest.mark.parametrize(("only_top", "fetched"), [(True, 0), (False, 1)])
+def test_low_score_experts_that_nothing_could_replace_are_fetched_unless_top_ones_only(
+    only_top: bool, fetched: int
+) -> None:
+    device = a_device(slots=4, eviction="score", prefetch=True, only_top=only_top)
     device.gate(0, NO_SCORES)
     device.serve(0, {0: 1.0})
     device.foresee(1, [choice((2,), [0.1, 0.35, 0.4, 0.15], 0.3)])  # 0.4 is below 1.3 times 0.35
 
-    assert list(device.gate(1, NO_SCORES)) == []
-    assert device.counts.prefetches == 0
+    assert list(device.gate(1, NO_SCORES)) == [2] * fetched
+    assert device.counts.prefetches == fetched
+
+
+@pytest.mark.parametrize("lacked", [True, False])
+def test_as_coded_one_expert_is_fetched_and_only_behind_a_miss(lacked: bool) -> None:
+    times = Times(main_s=100.0, expert_s=0.1, load_s=10.0, host_s=20.0)
+    device = a_device(slots=4, times=times, eviction="score", prefetch=True, fetches_one=True)
+    if not lacked:
+        a_layer(device, 0, {0: 1.0})
+    a_layer(device, 0, {0: 1.0})
+    device.foresee(1, [choice((2, 3), [0.1, 0.1, 0.5, 0.4], 0.3)])
+
+    assert list(device.gate(1, NO_SCORES)) == ([2] if lacked else [])

@@ -130,3 +130,17 @@ class _Words:
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [3 + byte % 120 for byte in text.encode()]}
+
+
+def test_an_arm_as_coded_replaces_by_the_codes_rule(store: ExpertStore) -> None:
+    """Two arms that differ in nothing else would have the same counts."""
+    model, text_SP = LaneModel(store), some_text()
+    paper = an_arm("substitution", batch=1, alpha=0.9, share=0.5)
+    coded = Arm(policy="code", slots_share=0.5, batch=1, alpha=0.9, features=ABLATION["substitution"], as_coded=True)
+    fleet = a_fleet(model, paper, coded)
+
+    passages.read(model, fleet, [text_SP], prompt_tokens=PROMPT)
+
+    counts = fleet.counts()
+    assert counts[coded].replaced > 0
+    assert counts[coded] != counts[paper]

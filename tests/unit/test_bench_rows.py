@@ -33,13 +33,16 @@ odmoe:expert_load_seconds_sum{node="node-0"} 1.25
 odmoe:expert_load_seconds_sum{node="node-1"} 1.75
 odmoe:expert_load_bytes_total{node="node-0"} 700.0
 odmoe:expert_compute_seconds_total{node="node-0"} 0.75
+odmoe:spec_decode_num_draft_tokens_total{model_name="m"} 8.0
+odmoe:spec_decode_num_accepted_tokens_total{model_name="m"} 6.0
+odmoe:shadow_realign_total{model_name="m"} 4.0
 odmoe:expert_budget_bytes{node="node-1"} 200.0
 odmoe:expert_budget_bytes{node="node-0"} 100.0
 """
 READ = Reading(
     first_s=1.5, first_tokens=2, between_s=4, between_tokens=16, activations=64, predicted=60, predicted_late=2, hit=50,
     late=10, missed=4, stall_s=0.5, loads=70, loads_unused=3, load_s=3, load_bytes=700, compute_s=0.75,
-    slot_bytes=(100, 200),
+    guesses=8, agreed=6, realigned=4, slot_bytes=(100, 200),
 )  # fmt: skip
 REFERENCE = Reference(tokens_per_s=8.0, first_s=0.5, device_bytes=4000)
 
@@ -96,6 +99,14 @@ def test_a_row_by_hand() -> None:
     assert row.link_utilisation == 3 / (2 * 4)
     assert (row.recall, row.recall_in_time) == (62 / 64, 60 / 64)
     assert (row.loads, row.loads_unused, row.tokens) == (70, 3, 16)
+
+
+def test_how_often_the_model_agreed_with_the_shadows_guesses() -> None:
+    """Of those that steps verified; where they verified none, of the tokens the shadow went on with."""
+    unverified = dataclasses.replace(READ, guesses=0, agreed=0)
+    assert row_of(a_run(), REFERENCE).agreement == 6 / 8
+    assert row_of(a_run(decoded=[unverified], runs_ahead=True), REFERENCE).agreement == 1 - 4 / 16
+    assert row_of(a_run(decoded=[unverified]), REFERENCE).agreement is None
 
 
 def test_several_prompts_give_medians_of_speeds_and_shares_of_all_their_time() -> None:

@@ -62,12 +62,15 @@ def test_the_record_says_what_the_rows_do(tmp_path: Path) -> None:
 
     disturbed = {"itl_ms_p99": 250.0, "undisturbed_itl_ms_p50": 100.0, "prompt_tokens": 1000}
     rows = [row(ODMOE, 1, 2.0), row(ODMOE, 8, 7.0), row("odmoe, long prompt", 8, None, **disturbed)]
-    rows.append({"variant": "front", "streams": 16, "output_tokens_per_s": 9.0, "chunks_per_core_s": 2500.0})
+    # Two chunks of 400 us for three tokens, ten of which take the server a second.
+    cost = {"chunks_per_core_s": 2500.0, "cpu_us_per_chunk": 400.0, "chunks": 200, "output_tokens": 300}
+    rows += [row(ODMOE, 16, 10.0), {"variant": "front", "streams": 16, "output_tokens_per_s": 9.0, **cost}]
     kept = serve_record.record_of(rows, facts={}, machine=MACHINE, command="odmoe bench serve")
     assert any("3.50 times" in note for note in kept.notes)
     assert any("2.50 times" in note for note in kept.notes)
     assert any("2500 streamed chunks/s" in note for note in kept.notes)
-    assert len(kept.notes) == 3
+    assert any("front, 16 streams: 0.27% of a step" in note for note in kept.notes)
+    assert len(kept.notes) == 4
     assert "| front" in kept.markdown(picture=None)
     pytest.importorskip("matplotlib")
     serve_record.draw(rows, tmp_path / "picture.png", title="title")

@@ -11,6 +11,7 @@ from odmoe_server.cluster.events import (
     CallFailed,
     CallRequested,
     LayerCall,
+    Note,
     PartDone,
     PeerMessage,
     PeerUnreachable,
@@ -39,6 +40,7 @@ from odmoe_wire.messages import (
     Span,
     View,
     Welcome,
+    Withdraw,
 )
 from odmoe_wire.placement import place
 
@@ -235,11 +237,30 @@ def test_a_late_request_is_hedged_and_the_first_answer_wins(cluster: ClusterStat
         say(cluster, node_id, Heartbeat(count=1), now=late)
     (hedge,) = only(cluster.handle(TimePassed(), late))
     assert hedge.peer_id != sent.peer_id
-    (part,) = answer(cluster, sent, now=late + 0.1)
+    part, withdrawal = answer(cluster, sent, now=late + 0.1)
     assert isinstance(part, PartDone)
     assert part.last
+    withdraw = Withdraw(request_id=hedge.message.request_id)
+    assert withdrawal == Send(peer_id=hedge.peer_id, message=withdraw, epoch=cluster.peers.epoch)
     assert answer(cluster, hedge, now=late + 0.2) == []
     assert cluster.dispatch.duplicates_total == 1
+
+
+def test_who_is_late_with_part_of_a_call_is_spared_while_the_rest_goes_on(cluster: ClusterState) -> None:
+    """Two nodes are late, and others are asked too: with one of their answers one who is late works for nothing."""
+    sent = only(cluster.handle(call(counts={1: 1, 2: 1}), 1.0))
+    late = 1.0 + CONFIG.compute_floor_s + 0.01
+    for node_id in NODES:
+        say(cluster, node_id, Heartbeat(count=1), now=late)
+    first, _second = only(cluster.handle(TimePassed(), late))
+    part, *withdrawals = answer(cluster, first, now=late + 0.1)
+    assert isinstance(part, PartDone)
+    assert not part.last
+    (loser,) = [each for each in sent if each.message.experts == first.message.experts]
+    assert [(each.peer_id, each.message) for each in withdrawals if isinstance(each, Send)] == [
+        (loser.peer_id, Withdraw(request_id=loser.message.request_id))
+    ]
+    assert len(cluster.dispatch.requests) == 2, "the other expert's, asked for twice"
 
 
 def test_a_refused_request_goes_to_another_node(cluster: ClusterState) -> None:
@@ -348,3 +369,30 @@ class TestLoadAhead:
     )
     def test_nothing_is_loaded_ahead_for(self, cluster: ClusterState, request_: CallRequested) -> None:
         assert self.loads(cluster.handle(request_, 1.0)) == {}
+
+
+class TestOneNodeAlone:
+    def warnings(self, state: ClusterState, *, until_s: float, heard: Iterable[str]) -> list[str]:
+        """What is said in the log while these give signs of life."""
+        found, now = [], 1.0
+        while now < until_s:
+            for node_id in heard:
+                say(state, node_id, Heartbeat(count=1), now=now)
+            notes = [each for each in state.handle(TimePassed(), now) if isinstance(each, Note)]
+            found += [note.text for note in notes if "every layer has one node" in note.text]
+            now += 0.25
+        return found
+
+    def test_it_is_said_once_and_only_after_others_had_time_to_come(self) -> None:
+        state = ClusterState(config=CONFIG)
+        say(state, "a", hello("a"), now=1.0)
+        assert self.warnings(state, until_s=1.0 + CONFIG.lost_after_s, heard="a") == []
+        (said,) = self.warnings(state, until_s=20.0, heard="a")
+        assert "a" in said
+
+    def test_with_two_nothing_is_said_until_one_is_gone(self) -> None:
+        state = ClusterState(config=CONFIG)
+        for node_id in "ab":
+            say(state, node_id, hello(node_id), now=1.0)
+        assert self.warnings(state, until_s=10.0, heard="ab") == []
+        assert len(self.warnings(state, until_s=30.0, heard="a")) == 1

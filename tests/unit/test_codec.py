@@ -177,7 +177,7 @@ def test_blobs_whose_header_lies(blob: Blob, problem: str) -> None:
 
 def test_another_version_is_named_even_when_nothing_else_can_be_read() -> None:
     for frames in (header(7, 0, {"type": "Heartbeat", "count": 1}, []), header(7, "what", "ever"), header(7)):
-        with pytest.raises(ProtocolError, match="version 7, this side speaks 3"):
+        with pytest.raises(ProtocolError, match="version 7, this side speaks 4"):
             decode(frames, accept=m.ToServer, limits=LIMITS)
 
 

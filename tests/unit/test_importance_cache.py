@@ -87,14 +87,28 @@ def test_layers_share_one_cache() -> None:
 # ------------------------------------------------------------------------------------------------------- prefetch
 
 
-def test_only_missing_top_score_experts_are_fetched_the_best_first() -> None:
-    """S is 0.20: at alpha 0.3 what is below 0.26 can be replaced and is left."""
+def test_missing_top_score_experts_are_fetched_the_best_first() -> None:
+    """S is 0.20: at alpha 0.3 what is below 0.26 can be replaced by what scores above 0.14, and is left to that."""
     scores = (0.27, 0.30, 0.22, 0.20, 0.01)
     predicted = Choice(experts=(0, 1, 2), scores=scores, weights=scores, alpha=0.3)
-    assert to_fetch([predicted], at_hand=()) == [1, 0]
+    assert to_fetch([predicted], at_hand={3}) == [1, 0]
     assert to_fetch([predicted], at_hand={1, 2}) == [0]
-    exact = Choice(experts=(0, 1, 2), scores=scores, weights=scores, alpha=0.0)
+    exact = Choice(experts=(2,), scores=scores, weights=scores, alpha=0.0)
     assert to_fetch([predicted, exact], at_hand=()) == [1, 0, 2], "the other token needs all of its own"
+
+
+def test_what_nothing_at_hand_could_stand_in_for_is_fetched_last() -> None:
+    """Else it would be loaded when its layer comes. The paper leaves it to that."""
+    scores = (0.27, 0.30, 0.22, 0.20, 0.01)
+    predicted = Choice(experts=(0, 1, 2), scores=scores, weights=scores, alpha=0.3)
+    assert to_fetch([predicted], at_hand=()) == [1, 0, 2]
+    assert to_fetch([predicted], at_hand={4}) == [1, 0, 2], "0.01 is below 0.7 times 0.20"
+    assert to_fetch([predicted], at_hand=(), only_top=True) == [1, 0]
+    low = Choice(experts=(2, 0), scores=(0.25, 0.0, 0.26, 0.20), weights=(1.0,) * 4, alpha=0.4)
+    top = Choice(experts=(1,), scores=(0.01, 0.2, 0.0, 0.1), weights=(1.0,) * 4, alpha=0.4)
+    assert to_fetch([low, top], at_hand=()) == [1, 2, 0], "another token's top-score expert before a better low one"
+    held = to_fetch([low, top], at_hand={3})
+    assert held == [1, 2], "the lowest is replaced, and one can stand in for one only"
 
 
 # ---------------------------------------------------------------------------------------------------- host's share

@@ -26,7 +26,7 @@ def test_the_end_of_a_load_wakes_nobody_who_said_it_can_wait() -> None:
     inbox = Inbox(wake)
 
     def woken() -> bool:
-        return wait([], wake, timeout_s=0.0)
+        return wait([], wake, timeout_s=0.0) is not None
 
     inbox.let_loads_wait(True)
     inbox.put(LoadDone(0, 0.0, 0.0))

@@ -99,14 +99,43 @@ def test_no_machine_is_trusted_whose_blocks_round_otherwise(monkeypatch: pytest.
         by_blocks._agree.cache_clear()
 
 
-def test_weights_of_fewer_bits_go_run_by_run(store: ExpertStore) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_of_fewer_bits_get_the_bits_of_each_alone(
+    store: ExpertStore, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
     assert not by_blocks.blocks_agree(torch.zeros(64, 64, dtype=torch.bfloat16))
+    if not together:
+        monkeypatch.setattr(by_blocks, "_agree_together", lambda *shape, has_bias, num_threads: False)
     maths = ExpertMaths(store.manifest)
     fields = {name: field.to(torch.bfloat16) for name, field in store.fields(store.record(0, 3)).items()}
     maths.prepare_for_runs(fields)
-    x_NH = random_rows(store, (1, 1, 1), dtype=torch.bfloat16)
-    expected_NH = torch.cat([maths.rows(fields, x_1H) for x_1H in torch.split(x_NH, 1)])
-    assert torch.equal(maths.rows(fields, x_NH, (1, 1, 1)), expected_NH)
+    assert together or not maths._together
+    for num_rows in (3, 40):
+        x_NH = random_rows(store, (1,) * num_rows, dtype=torch.bfloat16)
+        expected_NH = torch.cat([maths.rows(fields, x_1H) for x_1H in torch.split(x_NH, 1)])
+        assert torch.equal(maths.rows(fields, x_NH, (1,) * num_rows), expected_NH)
+
+
+def test_no_machine_is_trusted_whose_rows_round_otherwise_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of several rows that adds in another order, as it does in other shapes, must be noticed although the
+    result has few bits."""
+    weight_MK = torch.zeros(96, 64, dtype=torch.bfloat16)
+
+    def halves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        parts = zip(x.float().chunk(2, -1), weight.float().chunk(2, -1), strict=True)
+        first, second = (part @ half.T for part, half in parts)
+        return (first + second).bfloat16()
+
+    by_blocks._agree_together.cache_clear()
+    monkeypatch.setattr(by_blocks, "linear_together", halves)
+    try:
+        assert not by_blocks.rows_agree(weight_MK)
+    finally:
+        by_blocks._agree_together.cache_clear()
+
+
+def test_rows_are_never_tried_together_in_full_precision() -> None:
+    assert not by_blocks.rows_agree(torch.zeros(64, 64))
 
 
 def test_slices_of_an_expert_are_brought_once_for_all_runs(store: ExpertStore) -> None:

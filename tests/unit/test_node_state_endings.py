@@ -197,3 +197,36 @@ def test_the_story_tells_what_came_and_what_was_done() -> None:
     for _ in range(2000):
         node.event(Tick())
     assert len(node.state.story) == 512
+
+
+def test_a_withdrawn_compute_is_not_begun_and_not_answered() -> None:
+    node = NodeRig(num_slots=1)
+    node.compute(0, [1])
+    unneeded = node.compute(0, [2, 3])
+    node.withdraw(unneeded)
+    node.finish()
+    assert [answer.request_id for answer in node.answers] == [0]
+    assert node.state.counters.loads == 1
+    assert node.forgotten == 1, "its rows are dropped"
+    assert (node.state.used_slots, node.state.num_requests) == (0, 0)
+
+
+def test_of_a_withdrawn_compute_what_has_begun_ends_and_the_rest_does_not_begin() -> None:
+    node = NodeRig(num_slots=1)
+    begun = node.compute(0, [1, 2])
+    node.end_load()
+    node.withdraw(begun)
+    assert node.end_compute() == (0, 1)
+    node.finish()
+    assert node.answers == []
+    assert node.state.counters.loads == 1
+    assert node.state.used_slots == 0
+
+
+def test_withdrawing_what_is_not_in_hand_does_nothing() -> None:
+    node = NodeRig(num_slots=1)
+    done = node.compute(0, [1])
+    node.finish()
+    for request_id in (done, 77):
+        node.withdraw(request_id)
+    assert [answer.request_id for answer in node.answers] == [done]

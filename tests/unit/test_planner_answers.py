@@ -1,17 +1,20 @@
 """What `odmoe plan` says: shapes, memory, first token, the search, the paper's figures, and the command itself."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from odmoe_server import cli
 from odmoe_server.planner import memory, paper, prefill, search, shape
-from odmoe_server.planner.answer import Question, first_token_s, shadow_begins_s, speed
+from odmoe_server.planner.answer import Question, answer, first_token_s, shadow_begins_s, speed
 from odmoe_server.planner.command import question_of
 from odmoe_server.planner.machines import Network, Node, times
 from odmoe_server.planner.question import PlanSettings
+from odmoe_server.planner.report import answer_table
 from support.stores import tiny_store
 
 RUNNER = CliRunner()
@@ -261,3 +264,12 @@ def test_failures_are_lines(argv: list[str], status: int, says: str) -> None:
     assert result.exit_code == status
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("nodes", "is_said"), [(1, True), (2, False), (8, False)])
+def test_it_says_when_a_layer_has_one_node_only(nodes: int, is_said: bool) -> None:
+    asked = question(nodes=nodes)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(answer_table(asked, answer(asked)))
+    assert isinstance(console.file, io.StringIO)
+    assert ("one node that can hold it" in console.file.getvalue()) is is_said

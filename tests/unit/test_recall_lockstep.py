@@ -124,6 +124,8 @@ def test_same_answers_and_forecasts_as_one_sequence_at_a_time(store: ExpertStore
             shares += [recall(each, needed) for each, needed in zip(expected, said.routings, strict=True)]
         # Every token needs equally many experts, so that the mean is the share of all.
         assert replayed.tallies[place].recall == pytest.approx(sum(shares) / len(shares))
+    assert all(0 <= tally.agreed < tally.guesses for tally in replayed.tallies), "it is noisy"
+    assert replayed.tallies[0].guesses == sum(record.num_alive[1:])
     recalls = {tally.recall for tally in replayed.tallies}
     assert max(recalls) < 1.0, "a shadow that is always right would prove nothing"
     assert len(recalls) >= 5, "alignments that make no difference would prove nothing"
@@ -133,7 +135,8 @@ def test_copy_of_the_model_is_always_right(store: ExpertStore) -> None:
     record = record_answers(full_model(store), PROMPTS, tokens=TOKENS, stops=stops_of(store))
     model = shadow_model(load_parts(store, quantize=PlainWeight))
     (tally,) = replay(model, record, [Alignment(token=None, kv=None)]).tallies
-    assert tally.recall == 1.0
+    assert tally.recall == tally.agreement == 1.0
+    assert tally.guesses == sum(record.num_alive[1:])
     assert tally.curve == [1.0] * len(record.steps)
 
 
@@ -159,3 +162,5 @@ def test_tally_counts_what_the_paper_counts() -> None:
     tally = Tally(hits_N=[8, 3], alive_N=[2, 1], num_needed=4)
     assert tally.recall == 11 / 12
     assert tally.curve == [1.0, 0.75]
+    assert tally.agreement is None
+    assert Tally(hits_N=[8, 3], alive_N=[2, 1], num_needed=4, agreed=1, guesses=4).agreement == 0.25

@@ -201,13 +201,17 @@ def test_file_is_replaced_in_one_go_and_says_off(tmp_path: Path) -> None:
     file = tmp_path / "recall.json"
     results = Results(path=file, model="m", prompts=1, tokens_per_prompt=2, threads=1, quick=False, seed=0)
     results.write()
-    alignment, tally = Alignment(token=None, kv=4, prompt_kv="own"), Tally(hits_N=[3, 1], alive_N=[1, 1], num_needed=4)
+    alignment, tally = (
+        Alignment(token=None, kv=4, prompt_kv="own"),
+        Tally(hits_N=[3, 1], alive_N=[1, 1], num_needed=4, agreed=1, guesses=1),
+    )
     run = ShadowRun(precision="nf4", scope="experts", alignments=(alignment,))
     results.rows.append(shadow_row(run, alignment, tally, held_bytes=9, ms_per_step=1.5))
     results.curves.append(shadow_curve(run, alignment, tally))
     results.write()
     read = json.loads(file.read_text(encoding="utf-8"))
     assert (read["rows"][0]["align_token"], read["rows"][0]["align_kv"], read["rows"][0]["recall"]) == ("off", 4, 0.5)
+    assert read["rows"][0]["agreement"] == 1.0
     assert read["curves"][0]["recall"] == [0.75, 0.25]
     assert read["curves"][0]["label"] == "nf4 experts, token off, KV 4, own prompt"
     assert label(run, Alignment(kv=None)) == "nf4 experts, token only"

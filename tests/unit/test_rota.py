@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from odmoe_server.engine.rota import MOST_LANES, Rota
+from odmoe_server.engine.rota import MOST_HELD_UP, MOST_LANES, Patience, Rota
 
 
 @dataclass
@@ -53,3 +53,27 @@ def test_prompts_that_need_one_piece_go_one_by_one() -> None:
 def test_the_more_answers_the_fewer_guesses_each(answers: int, expected: int) -> None:
     assert Rota(chunk=8, draft=7).num_drafts(answers) == expected
     assert answers * (1 + expected) <= max(MOST_LANES, answers)
+
+
+def test_nobody_is_impatient_before_there_was_an_answer() -> None:
+    assert not Patience().is_over(1e9, num_layers=1)
+
+
+def test_a_part_of_a_prompt_ends_before_the_layer_that_would_hold_up_answers_for_too_long() -> None:
+    patience = Patience()
+    patience.answered(2.0)
+    most_s = 2.0 * MOST_HELD_UP
+    assert not patience.is_over(0.5 * most_s, num_layers=1)  # two such layers just fit
+    assert patience.is_over(0.51 * most_s, num_layers=1)
+    assert not patience.is_over(0.75 * most_s, num_layers=3)
+    assert patience.is_over(0.76 * most_s, num_layers=3)
+
+
+def test_patience_follows_what_steps_take_and_no_single_one() -> None:
+    patience = Patience()
+    patience.answered(1.0)
+    patience.answered(9.0)  # one slow step
+    assert patience.is_over(2.5 * MOST_HELD_UP, num_layers=1)
+    for _ in range(40):
+        patience.answered(9.0)
+    assert not patience.is_over(4.4 * MOST_HELD_UP, num_layers=1)

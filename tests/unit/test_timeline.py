@@ -9,7 +9,7 @@ import pytest
 
 from odmoe_server.cluster.chrome_trace import Drawing
 from odmoe_server.cluster.events import LayerCall
-from odmoe_server.cluster.timeline import MAX_OPEN, Called, Heard, Mark, Rendering, Timeline, Told
+from odmoe_server.cluster.timeline import MAX_OPEN, Called, Heard, Mark, Rendering, Taken, Timeline, Told
 from odmoe_server.cluster.timeline_file import TimelineFile, record_timeline
 from odmoe_wire.messages import (
     Align,
@@ -181,9 +181,12 @@ def test_the_totals_leave_prompts_out() -> None:
         told(2.0, 2),
         late,
         called(2.0, 2.5, 0, outcome="late"),
+        Taken(2.6, num_tokens=1, num_guesses=0),
     )
     assert rendering.totals.summary() == {
         "tokens": 1,
+        "guesses": 0,
+        "guesses_agreed": 0,
         "time_ms": 1000.0,
         "waiting_for_experts_ms": 500.0,
         "stalled_on_loads_ms": 250.0,
@@ -191,6 +194,14 @@ def test_the_totals_leave_prompts_out() -> None:
         "experts_late": 1,
         "experts_miss": 0,
     }
+
+
+def test_guesses_that_were_wrong_are_no_tokens() -> None:
+    """A step of four spans, of which the model agreed with one guess; then a step in which it agreed with both."""
+    rendering = Rendering(num_layers=1, drawing=Drawing(origin_s=0.0))
+    events_of(rendering, Taken(1.0, num_tokens=2, num_guesses=3), Taken(2.0, num_tokens=3, num_guesses=2))
+    summary = rendering.totals.summary()
+    assert (summary["tokens"], summary["guesses"], summary["guesses_agreed"]) == (5, 5, 3)
 
 
 def test_what_is_no_part_of_the_drawing() -> None:

@@ -23,27 +23,27 @@ def wake() -> Iterator[Wake]:
 
 
 def test_set_stays_until_cleared(wake: Wake) -> None:
-    assert not wait([], wake, timeout_s=0.0)
+    assert wait([], wake, timeout_s=0.0) is None
     wake.set()
     wake.set()
-    assert wait([], wake, timeout_s=LONG_S)
-    assert wait([], wake, timeout_s=LONG_S)
+    assert wait([], wake, timeout_s=LONG_S) is not None
+    assert wait([], wake, timeout_s=LONG_S) is not None
     wake.clear()
-    assert not wait([], wake, timeout_s=0.0)
+    assert wait([], wake, timeout_s=0.0) is None
     wake.clear()
     wake.set()
-    assert wait([], wake, timeout_s=LONG_S)
+    assert wait([], wake, timeout_s=LONG_S) is not None
 
 
 def test_set_from_another_thread_ends_a_wait(wake: Wake) -> None:
     thread = threading.Thread(target=wake.set)
     thread.start()
-    assert wait([], wake, timeout_s=LONG_S)
+    assert wait([], wake, timeout_s=LONG_S) is not None
     thread.join()
 
 
 def test_a_past_deadline_does_not_wait(wake: Wake) -> None:
-    assert not wait([], wake, timeout_s=-5.0)
+    assert wait([], wake, timeout_s=-5.0) is None
 
 
 def test_after_close_set_and_clear_do_nothing() -> None:
@@ -61,11 +61,11 @@ def test_a_message_ends_a_wait(wake: Wake) -> None:
         "inproc://wait", identity="n", peer="server", context=context, accept=m.ToNode, limits=Limits()
     )
     try:
-        assert not wait([server, node], wake, timeout_s=0.0)
+        assert wait([server, node], wake, timeout_s=0.0) is None
         node.send("server", m.Heartbeat(count=0), epoch=0)
-        assert wait([server, node], wake, timeout_s=LONG_S)
+        assert wait([server, node], wake, timeout_s=LONG_S) is not None
         assert server.receive() is not None
-        assert not wait([server, node], wake, timeout_s=0.0)
+        assert wait([server, node], wake, timeout_s=0.0) is None
     finally:
         node.close()
         server.close()
@@ -74,4 +74,4 @@ def test_a_message_ends_a_wait(wake: Wake) -> None:
 
 def test_a_loopback_link_never_sleeps(wake: Wake) -> None:
     link = LoopbackNetwork().router("server", accept=m.ToServer, limits=Limits())
-    assert wait([link], wake, timeout_s=LONG_S)
+    assert wait([link], wake, timeout_s=LONG_S) is not None

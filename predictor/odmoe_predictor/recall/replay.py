@@ -42,14 +42,21 @@ def replay(
     """Forecast every step of the record and count. `on_done` is called after each step, `on_forecast` before."""
     shadows = _Shadows(model, record, alignments)
     hits_AN: list[list[int]] = [[] for _ in alignments]
+    agreed_A = torch.zeros(len(alignments), dtype=torch.int64)
     for index, step in enumerate(record.steps):
         shadows.keep(step.rows_b)
+        if index:
+            agreed_A += (shadows.own_Ab == step.tokens_b)[:, step.alive_b].sum(dim=1)
         forecast_LAbK = shadows.forecast(index, shadows.align(index))
         for place, hits_N in enumerate(hits_AN):
             hits_N.append(int(num_hits_b(forecast_LAbK[:, place], step.routed_LbK)[step.alive_b].sum()))
         on_forecast(index, forecast_LAbK)
         on_done()
-    tallies = [Tally(hits_N=hits_N, alive_N=record.num_alive, num_needed=record.num_needed) for hits_N in hits_AN]
+    alive_N = record.num_alive
+    tallies = [
+        Tally(hits_N=hits_N, alive_N=alive_N, num_needed=record.num_needed, agreed=agreed, guesses=sum(alive_N[1:]))
+        for hits_N, agreed in zip(hits_AN, agreed_A.tolist(), strict=True)
+    ]
     return Replayed(tallies=tallies, seconds=shadows.seconds)
 
 
@@ -60,7 +67,7 @@ class _Shadows:
     def __init__(self, model: LockstepModel, record: Record, alignments: Sequence[Alignment]) -> None:
         self._model, self._record, self._alignments = model, record, alignments
         self._rows_b = torch.arange(len(record.prompts))
-        self._own_Ab = torch.zeros(len(alignments), len(record.prompts), dtype=torch.int64)
+        self.own_Ab = torch.zeros(len(alignments), len(record.prompts), dtype=torch.int64)
         self._aligned_to = [record.batch.width] * len(alignments)
         self._cache = self._prompts()
         self.seconds = 0.0
@@ -68,7 +75,7 @@ class _Shadows:
     def _prompts(self) -> SlabCache:
         """The keys and values each alignment's sequences begin with."""
         record, width = self._record, self._record.batch.width
-        batch, slots = self._own_Ab.numel(), width + len(record.steps)
+        batch, slots = self.own_Ab.numel(), width + len(record.steps)
         cache = SlabCache.like(record.slabs, batch=batch, slots=slots)
         for place, alignment in enumerate(self._alignments):
             prompts = record.slabs
@@ -83,7 +90,7 @@ class _Shadows:
             return
         kept_b = torch.isin(self._rows_b, rows_b)
         self._cache.keep(kept_b.repeat(len(self._alignments)).nonzero().flatten())
-        self._rows_b, self._own_Ab = rows_b, self._own_Ab[:, kept_b]
+        self._rows_b, self.own_Ab = rows_b, self.own_Ab[:, kept_b]
 
     def align(self, index: int) -> Tensor:
         """Take over the keys and values that are due in this step; the tokens to go on with, [A, b]."""
@@ -94,7 +101,7 @@ class _Shadows:
                 self._cache.take(self._record.slabs, rows=self._rows_b, to=to, first=first, end=slot)
                 self._aligned_to[place] = slot
         due_A = torch.tensor([is_due(index, alignment.token) for alignment in self._alignments])
-        return torch.where(due_A[:, None], self._record.steps[index].tokens_b, self._own_Ab)
+        return torch.where(due_A[:, None], self._record.steps[index].tokens_b, self.own_Ab)
 
     def forecast(self, index: int, tokens_Ab: Tensor) -> Tensor:
         """The experts the tokens go to, [L, A, b, K]."""
@@ -107,6 +114,5 @@ class _Shadows:
             step=index,
         )
         self.seconds += perf_counter() - began_s
-        if not all(is_due(index + 1, alignment.token) for alignment in self._alignments):
-            self._own_Ab = self._model.greedy(stepped.hidden_bH).view(tokens_Ab.shape)
+        self.own_Ab = self._model.greedy(stepped.hidden_bH).view(tokens_Ab.shape)
         return stepped.routed_LbK.view(-1, *tokens_Ab.shape, stepped.routed_LbK.shape[-1])

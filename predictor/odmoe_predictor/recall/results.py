@@ -18,8 +18,9 @@ WrittenPeriod = Literal["off"] | int
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A line of the table. `recall` as OD-MoE defines it, over all layers; `covered` the share of layers with a
-    forecast. `bytes` are measured on what is in memory, caches left out. `ms_per_step` is a step of the whole batch,
-    shared by the alignments measured together. None where a column says nothing of a predictor."""
+    forecast; `agreement` the share of an answer's tokens that the shadow, too, would have gone on with. `bytes` are
+    measured on what is in memory, caches left out. `ms_per_step` is a step of the whole batch, shared by the alignments
+    measured together. None where a column says nothing of a predictor."""
 
     predictor: Predictor
     precision: Precision | None = None
@@ -31,6 +32,7 @@ class Row:
     layers_ahead: int | None = None
     recall: float
     covered: float = 1.0
+    agreement: float | None = None
     tokens: int
     bytes: int
     ms_per_step: float | None = None
@@ -84,6 +86,7 @@ def shadow_row(run: ShadowRun, alignment: Alignment, tally: Tally, *, held_bytes
         align_kv=written(alignment.kv),
         prompt_kv=alignment.prompt_kv,
         recall=tally.recall,
+        agreement=tally.agreement,
         tokens=sum(tally.alive_N),
         bytes=held_bytes,
         ms_per_step=ms_per_step,

@@ -10,16 +10,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """Of each token index: experts forecast rightly, and answers that have such a token; each needs `num_needed`."""
+    """Of each token index: experts forecast rightly, and answers that have such a token; each needs `num_needed`.
+    `agreed` of `guesses`: tokens of the answers but the first that the predictor, too, would have gone on with."""
 
     hits_N: list[int]
     alive_N: list[int]
     num_needed: int
+    agreed: int = 0
+    guesses: int = 0
 
     @property
     def recall(self) -> float:
         """Of all tokens of all answers."""
         return sum(self.hits_N) / (self.num_needed * sum(self.alive_N))
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the guesses that were right; None where there was none."""
+        return self.agreed / self.guesses if self.guesses else None
 
     @property
     def curve(self) -> list[float]:

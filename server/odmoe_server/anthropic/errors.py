@@ -8,6 +8,7 @@ PREFIX: Final = "/v1/messages"
 _TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",

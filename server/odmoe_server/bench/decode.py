@@ -214,6 +214,7 @@ class _Bench:
                 first_s=first_s,
                 identical=all(same for _, same in asked),
                 device=self._device(roles, asked[-1][0]),
+                runs_ahead=variant.settings.get("run_ahead", 0) > 0,
             )
 
     def _settings(self, variant: Variant, *, link_gbps: float, slots: int, timeline: Path | None) -> ServeSettings:

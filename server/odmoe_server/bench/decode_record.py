@@ -25,6 +25,7 @@ COLUMNS: Final = (
     Column("links in use, %", "link_utilisation", 1, 100),
     Column("recall, %", "recall", 2, 100),
     Column("in time, %", "recall_in_time", 2, 100),
+    Column("guesses right, %", "agreement", 1, 100, brief=False),
     Column("loads", "loads", 0, brief=False),
     Column("unused", "loads_unused", 0, brief=False),
     Column("identical", "identical"),

@@ -30,6 +30,9 @@ class Reading:
     load_s: float = 0.0
     load_bytes: float = 0.0
     compute_s: float = 0.0
+    guesses: float = 0.0
+    agreed: float = 0.0
+    realigned: float = 0.0
     slot_bytes: tuple[float, ...] = ()
 
     def since(self, before: "Reading") -> "Reading":
@@ -56,6 +59,9 @@ _SAMPLES: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "load_s": ("expert_load_seconds_sum", {}),
     "load_bytes": ("expert_load_bytes_total", {}),
     "compute_s": ("expert_compute_seconds_total", {}),
+    "guesses": ("spec_decode_num_draft_tokens_total", {}),
+    "agreed": ("spec_decode_num_accepted_tokens_total", {}),
+    "realigned": ("shadow_realign_total", {}),
 }
 
 

@@ -26,6 +26,7 @@ COLUMNS: Final = (
     Column("layers ahead", "layers_ahead"),
     Column("recall, %", "recall", 2, 100),
     Column("layers forecast, %", "covered", 1, 100),
+    Column("guesses right, %", "agreement", 2, 100),
     Column("tokens", "tokens", 0),
     Column("MB", "bytes", 1, 1e-6),
     Column("ms a step", "ms_per_step", 1),

@@ -48,6 +48,7 @@ class Run:
     first_s: list[float]
     identical: bool
     device: DeviceBytes
+    runs_ahead: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class Row:
     one for each prompt. `stall_share` is the part of decoding in which the server waited for loads, by the longest
     wait of each layer; `link_utilisation` the part of it in which a link was loading, over all links. `recall` counts
     forecasts that came after the gate too, `recall_in_time` does not. `loads` are those of decoding, `loads_unused`
-    those in vain, the prompt's among them."""
+    those in vain, the prompt's among them. `agreement` is the share of the shadow's guesses that the model agreed with:
+    of those a step verified, or, where steps verify none, of the tokens it went on with by itself."""
 
     variant: str
     link_ratio: float | None
@@ -77,6 +79,7 @@ class Row:
     link_utilisation: float | None = None
     recall: float | None = None
     recall_in_time: float | None = None
+    agreement: float | None = None
     tokens: int = 0
     loads: int | None = None
     loads_unused: int | None = None
@@ -115,9 +118,16 @@ def _of_experts(run: Run) -> dict[str, Any]:
         "link_utilisation": _sum(run, "load_s") / (len(run.device.nodes) * between_s),
         "recall": (_sum(run, "predicted") + _sum(run, "predicted_late")) / activations,
         "recall_in_time": _sum(run, "predicted") / activations,
+        "agreement": _agreement(run),
         "loads": round(_sum(run, "loads")),
         "loads_unused": round(_sum(run, "loads_unused")),
     }
+
+
+def _agreement(run: Run) -> float | None:
+    if guesses := _sum(run, "guesses"):
+        return _sum(run, "agreed") / guesses
+    return max(0.0, 1 - _sum(run, "realigned") / _sum(run, "between_tokens")) if run.runs_ahead else None
 
 
 def _sum(run: Run, name: str) -> float:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from odmoe_server.bench.plotting import figure
 from odmoe_server.bench.record import Column, Machine, Record
+from odmoe_server.bench.serve_question import ODMOE
 
 # Every row has these, though they may be null.
 FIELDS: Final = (
@@ -67,7 +68,20 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if row.get("chunks_per_core_s")
     ]
+    found += [
+        f"{row['variant']}, {row['streams']} streams: {share:.2%} of a step of {ODMOE} with as many streams."
+        for row in rows
+        if (share := _share_of_step(row, speed)) is not None
+    ]
     return found
+
+
+def _share_of_step(row: Mapping[str, Any], speed: Mapping[tuple[str, int], float]) -> float | None:
+    """What the front end computes for a token, of the time the server has for one with as many streams."""
+    tokens_per_s = speed.get((ODMOE, row["streams"]))
+    if tokens_per_s is None or not row.get("cpu_us_per_chunk"):
+        return None
+    return float(row["cpu_us_per_chunk"] * row["chunks"] / row["output_tokens"] * tokens_per_s / 1e6)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -1,10 +1,9 @@
-"""One call for a layer's experts as the decode loop holds it while the cluster works on it. Knows tensors and a
-lock; knows no socket.
+"""One call for a layer's experts as the decode loop holds it while the cluster works on it. Knows tensors;
+knows no socket.
 
 T token rows of the call, N rows of one expert, H hidden size.
 """
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ class CallError(Exception):
 
 @dataclass(kw_only=True)
 class PendingCall:
-    """Filled by the cluster's thread, awaited by the decode loop's."""
+    """Filled by the cluster's driver, awaited by the decode loop."""
 
     call: LayerCall
     rows: Mapping[int, torch.Tensor]  # expert -> x_NH
@@ -28,7 +27,7 @@ class PendingCall:
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # expert -> y_NH
     timings: list[ExpertTiming] = field(default_factory=list)
     failure: str | None = None
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False
 
     def blob_rows(self, experts: list[int]) -> torch.Tensor:
         """The rows to send for some of the experts, in that order: [sum of their counts, H]."""
@@ -43,9 +42,9 @@ class PendingCall:
                 self.outputs[expert] = y_NH
         self.timings.extend(timing for timing in part.timings if timing.expert in part.wanted)
         if part.last:
-            self.done.set()
+            self.done = True
 
     def fail(self, reason: str) -> None:
         """End the wait with an error."""
         self.failure = reason
-        self.done.set()
+        self.done = True

@@ -15,15 +15,17 @@ from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.prompt_loads import PromptLoads, deal
 from odmoe_server.cluster.suspects import Suspects
 from odmoe_wire.homes import homes, placed
-from odmoe_wire.messages import Compute, Load, Member, Release, Result, Rollback, Schedule, Span
+from odmoe_wire.messages import Compute, Load, Member, Release, Result, Rollback, Schedule, Span, Withdraw
 from odmoe_wire.placement import group_of, place
+from odmoe_wire.sharing import Sharing
 
 # A request is late after this many times what such a request has taken lately.
 LATE_FACTOR = 8.0
 # A request that took more than this many times what is typical, and more than so long, is no measure for others.
 FAR_OFF = 3.0
 FAR_OFF_S = 0.02
-# Fewer rows of a prompt are not worth a message of their own.
+# Fewer rows of a prompt are not worth a message of their own. Two nodes and the server on one core, 128 tokens: 2.57 s
+# to the first token with a message an expert, 2.61 with these, 2.65 with one for all.
 PARCEL_ROWS = 32
 MAX_REMEMBERED_SEQUENCES = 1024
 
@@ -66,6 +68,7 @@ class Dispatch:
     duplicates_total: int = 0
     prompt_loads: PromptLoads = field(init=False)
     suspects: Suspects = field(init=False)
+    sharing: Sharing = field(default_factory=Sharing)
     # Layers that were fetched ahead and whose gates have not spoken, with the nodes that were told so.
     _fetched: dict[int, set[str]] = field(default_factory=dict)
     # Where the latest step has begun with each sequence.
@@ -84,9 +87,10 @@ class Dispatch:
 
     # -------------------------------------------------------------------------------------------- forecasts
 
-    def forecast(self, schedule: Schedule) -> None:
+    def forecast(self, schedule: Schedule, members: list[Member]) -> None:
         """Remember what the predictor told the nodes, the newest forecast of a position and layer in place of older
         ones; once the gate has spoken, only count what was right and is news."""
+        self._deal(schedule, members)
         if schedule.span.sequence in self._ended:
             return
         key = (schedule.span.sequence, schedule.span.position)
@@ -97,6 +101,19 @@ class Dispatch:
             self.predicted_late_total += len(named)
             return
         self.forecasts.setdefault(key, {})[schedule.layer] = frozenset(schedule.experts)
+
+    def _deal(self, schedule: Schedule, members: list[Member]) -> None:
+        """As the predictor deals: each forecast in its turn, of whatever is over too."""
+        config = self.config
+        if config.mode == "on-demand" and config.placing == "span":
+            self.sharing.deal(
+                schedule.span,
+                schedule.layer,
+                schedule.experts,
+                members,
+                group_size=config.group_size,
+                num_layers=config.num_layers,
+            )
 
     def rollback(self, message: Rollback) -> None:
         """The predictor had gone on with a wrong token: what it forecast from there on is void. If the step had taken
@@ -122,6 +139,7 @@ class Dispatch:
         """None counts any more, and those to come are news."""
         self.forecasts.clear()
         self.unforeseen.clear()
+        self.sharing.clear()
 
     def predicted(self, spans: Iterable[Span], layer: int) -> frozenset[int]:
         """Union of the spans' forecasts for a layer; empty when none has come."""
@@ -163,7 +181,8 @@ class Dispatch:
             call=call, deadline_s=deadline_s, open_experts=set(call.counts), predicted=predicted
         )
         group = group_of(call.layer, members, self.config.group_size, self.config.num_layers)
-        assigned = assign(call, forecasts, members, self.config)
+        dealt = [self.sharing.where(span, call.layer) for span in call.spans] if forecasts else []
+        assigned = assign(call, forecasts, members, self.config, dealt=dealt)
         assigned = self.suspects.spared(assigned, members, group=group, now=now)
         actions = self._send(call.call_id, assigned, epoch=epoch, now=now)
         if call.is_prompt:
@@ -185,8 +204,8 @@ class Dispatch:
         self.calls.pop(call_id, None)
         self._drop_requests(call_id)
 
-    def result(self, peer_id: str, result: Result, *, now: float) -> list[Action]:
-        """Rows came back. An answer nobody waits for is counted and dropped."""
+    def result(self, peer_id: str, result: Result, *, epoch: int, now: float) -> list[Action]:
+        """Rows came back. An answer nobody waits for is counted and dropped; who is at work for nothing is told."""
         request = self.requests.get(result.request_id)
         if request is None or request.peer_id != peer_id:
             self.duplicates_total += 1
@@ -205,18 +224,31 @@ class Dispatch:
         if not wanted:
             self.duplicates_total += 1
             return []
+        withdrawn = self._withdraw(request.call_id, state.open_experts, epoch=epoch)
         last = not state.open_experts
         if last:
             self.abandon(request.call_id)
+        part = PartDone(
+            call_id=request.call_id,
+            experts=request.experts,
+            counts=counts,
+            wanted=wanted,
+            timings=tuple(result.timings),
+            last=last,
+        )
+        return [part, *withdrawn]
+
+    def _withdraw(self, call_id: int, open_experts: set[int], *, epoch: int) -> list[Action]:
+        """Spare nodes the computes that others were first with."""
+        lost = [
+            (request_id, request.peer_id)
+            for request_id, request in self.requests.items()
+            if request.call_id == call_id and open_experts.isdisjoint(request.experts)
+        ]
+        for request_id, _ in lost:
+            del self.requests[request_id]
         return [
-            PartDone(
-                call_id=request.call_id,
-                experts=request.experts,
-                counts=counts,
-                wanted=wanted,
-                timings=tuple(result.timings),
-                last=last,
-            )
+            Send(peer_id=peer_id, message=Withdraw(request_id=request_id), epoch=epoch) for request_id, peer_id in lost
         ]
 
     def refused(self, request_id: int, members: list[Member], *, epoch: int, now: float) -> list[Action]:
@@ -369,9 +401,14 @@ class Dispatch:
 
 
 def assign(
-    call: LayerCall, forecasts: Sequence[frozenset[int]], members: list[Member], config: ClusterConfig
+    call: LayerCall,
+    forecasts: Sequence[frozenset[int]],
+    members: list[Member],
+    config: ClusterConfig,
+    *,
+    dealt: Sequence[Mapping[int, str]] = (),
 ) -> dict[int, str]:
-    """Expert -> node for the experts the gate chose, given what was forecast of each span.
+    """Expert -> node for the experts the gate chose, given what was forecast of each span, and where `Sharing` has it.
 
     A forecast expert goes where placement had it loaded, any other to the worker of the layer's group with the
     least to do, which is the one whose forecast was wrong, if one was. With no forecast and more experts than the
@@ -392,6 +429,8 @@ def assign(
     where: dict[int, str] = {}
     for experts in forecasts or [frozenset(needed)]:
         where = place(call.layer, experts, members, group_size, config.num_layers) | where
+    for told in dealt:
+        where |= told
     assigned = {expert: where[expert] for expert in needed if expert in where}
     work = {member.node_id: 0 for member in group_of(call.layer, members, group_size, config.num_layers)}
     for node_id in assigned.values():

@@ -1,14 +1,16 @@
 """Drives the cluster's state machine: owns the socket and the clock, carries the tensors. Decides nothing.
 
-`submit`, `post`, `end_sequence` and `drafts` may be called and `snapshot` read from any thread;
-everything else happens on the thread in `run`, or, in single-threaded tests, in `pump`.
+`submit`, `post`, `end_sequence` and `drafts` may be called and `snapshot` read from any thread. Everything else is done
+by whoever holds the seat: the thread in `run`, or the one that waits for a call, which then need not be woken by the
+other (between two layers of a token that costs as much as all there is to do); in single-threaded tests, `pump`.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import assert_never
 
 import torch
@@ -49,6 +51,8 @@ TICK_S = 0.05
 GRACE_S = 5.0
 # How soon it is noticed that nobody waits for an answer any more.
 LISTENING_S = 0.25
+# Whoever waited for a call is expected to wait for the next one within this, and keeps the seat.
+RESERVED_S = 0.05
 
 
 class ClusterDriver:
@@ -78,6 +82,8 @@ class ClusterDriver:
         self._pending: dict[int, PendingCall] = {}
         self._last_call_id = 0
         self._next_tick_s = 0.0
+        self._seat = threading.Lock()  # who holds it may use the link and the state
+        self._reserved_until_s = 0.0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -91,10 +97,7 @@ class ClusterDriver:
 
     def await_call(self, pending: PendingCall) -> PendingCall:
         """Wait until all experts' rows are there. Raises CallError when the cluster cannot serve it in time."""
-        if self._pump_while_waiting is not None:
-            while not pending.done.is_set():
-                self._pump_while_waiting()
-        elif (problem := self._wait_for(pending)) is not None:
+        if (problem := self._wait_for(pending)) is not None:
             self._later(lambda now: self._abandon(pending.call.call_id, now))
             raise CallError(problem)
         if pending.failure is not None:
@@ -104,21 +107,34 @@ class ClusterDriver:
     def _wait_for(self, pending: PendingCall) -> str | None:
         """What came between, if anything did."""
         until_s = time.monotonic() + self.state.config.call_timeout_s + GRACE_S
-        while not pending.done.wait(LISTENING_S):
+        while not self.await_for(pending, timeout_s=LISTENING_S):
             if self.is_unheard():
                 return "nobody waits for the answer any more"
-            if time.monotonic() > until_s:
-                return "the cluster's thread does not answer"
+            if self._stopping.is_set():
+                return "the server stops"
+            if self._pump_while_waiting is None and time.monotonic() > until_s:
+                return "the cluster does not answer"
         return None
 
     def await_for(self, pending: PendingCall, *, timeout_s: float) -> bool:
         """Wait no longer than this; whether the call is over, well or not."""
-        if self._pump_while_waiting is None:
-            return pending.done.wait(timeout_s)
         end_s = self._clock() + timeout_s
-        while not pending.done.is_set() and self._clock() < end_s:
-            self._pump_while_waiting()
-        return pending.done.is_set()
+        if self._pump_while_waiting is not None:
+            while not pending.done and self._clock() < end_s:
+                self._pump_while_waiting()
+            return pending.done
+        self._reserved_until_s = end_s + RESERVED_S
+        if not self._seat.acquire(blocking=False):
+            self._wake.set()  # who has it sleeps
+            if not self._seat.acquire(timeout=timeout_s):
+                return pending.done
+        try:
+            while not pending.done and (left_s := end_s - self._clock()) > 0 and not self._stopping.is_set():
+                self._turn(min(left_s, TICK_S))
+        finally:
+            self._reserved_until_s = self._clock() + RESERVED_S
+            self._seat.release()
+        return pending.done
 
     def give_up(self, pending: PendingCall) -> None:
         """Nobody waits for the call any more: some node is late with it."""
@@ -173,23 +189,35 @@ class ClusterDriver:
     def run(self) -> None:
         """Until `stop`."""
         while not self._stopping.is_set():
-            try:
-                wait([self.link], self._wake, timeout_s=TICK_S)
-                self.pump(self._clock())
-            except Exception:  # outermost loop: one bad event must not end all requests
-                self.driver_errors_total += 1
-                log.exception("the cluster's thread failed on an event")
-        for peer_id in list(self.state.peers.admitted):
-            self._send(peer_id, Bye(reason="the server stops"), epoch=self.state.peers.epoch)
-        self.link.close()
+            reserved_s = self._reserved_until_s - self._clock()
+            if reserved_s > 0:
+                self._stopping.wait(min(reserved_s, TICK_S))
+                continue
+            with self._seat:
+                self._turn(TICK_S)
+        with self._seat:
+            for peer_id in list(self.state.peers.admitted):
+                self._send(peer_id, Bye(reason="the server stops"), epoch=self.state.peers.epoch)
+            self.link.close()
+
+    def _turn(self, timeout_s: float) -> None:
+        """Sleep until there is something to do, and do it."""
+        with self._surviving():
+            wait([self.link], self._wake, timeout_s=timeout_s)
+            self.pump(self._clock())
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # outermost loop: one bad event must not end all requests
+            self.driver_errors_total += 1
+            log.exception("the cluster's driver failed on an event")
 
     def pump(self, now: float) -> bool:
         """Handle all that waits; True if anything did."""
         self._wake.clear()
-        busy = False
-        while self._inbox:
-            busy = True
-            self._inbox.popleft()(now)
+        busy = self._take_inbox(now)
         while (item := self.link.receive()) is not None:
             busy = True
             self._received(*item, now)
@@ -203,6 +231,12 @@ class ClusterDriver:
 
     # -------------------------------------------------------------------------------------------- insides
 
+    def _take_inbox(self, now: float) -> bool:
+        busy = bool(self._inbox)
+        while self._inbox:
+            self._inbox.popleft()(now)
+        return busy
+
     def _take_snapshot(self, now: float) -> None:
         self.snapshot = snapshot_of(
             self.state,
@@ -213,8 +247,16 @@ class ClusterDriver:
         )
 
     def _later(self, job: Callable[[float], None]) -> None:
+        """Have a job done by whoever holds the seat; here and now if nobody does."""
         self._inbox.append(job)
-        self._wake.set()
+        if self._pump_while_waiting is not None or not self._seat.acquire(blocking=False):
+            self._wake.set()
+            return
+        try:
+            with self._surviving():
+                self._take_inbox(self._clock())
+        finally:
+            self._seat.release()
 
     def _begin(self, pending: PendingCall, now: float) -> None:
         call_id = pending.call.call_id

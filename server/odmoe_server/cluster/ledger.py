@@ -26,10 +26,12 @@ class Ledger:
     realigns_total: int = 0
     last: tuple[Span, int] | None = None
     _outcomes: list[dict[str, int]] = field(init=False)
+    _substituted: list[int] = field(init=False)
     _rpc: dict[str, _Times] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._outcomes = [{"hit": 0, "late": 0, "miss": 0} for _ in range(self.num_layers)]
+        self._substituted = [0] * self.num_layers
 
     def answered(self, peer_id: str, took_s: float) -> None:
         """A node's answer came so long after the compute was sent."""
@@ -44,10 +46,20 @@ class Ledger:
         for timing in timings:
             self._outcomes[layer][timing.outcome] += 1
 
+    def replaced(self, layer: int, count: int) -> None:
+        """Others stood in for so many of a decode step's experts. From the thread that decodes, and no other."""
+        self._substituted[layer] += count
+
     def outcomes(self) -> tuple[LayerOutcomes, ...]:
         """By layer, in order."""
         return tuple(
-            LayerOutcomes(layer=layer, hit=counts["hit"], late=counts["late"], missed=counts["miss"])
+            LayerOutcomes(
+                layer=layer,
+                hit=counts["hit"],
+                late=counts["late"],
+                missed=counts["miss"],
+                substituted=self._substituted[layer],
+            )
             for layer, counts in enumerate(self._outcomes)
         )
 

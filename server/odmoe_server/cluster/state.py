@@ -5,6 +5,7 @@ Puts together who takes part (`peers`) and who computes what (`dispatch`), and k
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from math import inf
 from typing import assert_never
 
 from odmoe_server.cluster.dispatch import Dispatch
@@ -58,6 +59,8 @@ class ClusterState:
     residency: Residency = field(default_factory=Residency)
     stale_total: int = 0
     story: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+    # Since when one node alone takes part; infinite when that was said.
+    _alone_since_s: float | None = None
 
     def __post_init__(self) -> None:
         self.peers = Peers(config=self.config)
@@ -119,7 +122,9 @@ class ClusterState:
         match message:
             case Result():
                 self._holds(peer_id, message)
-                return self.dispatch.result(peer_id, message, now=now)
+                for loaded in message.loaded:
+                    self.residency.costs.loaded(loaded.load_s)
+                return self.dispatch.result(peer_id, message, epoch=self.peers.epoch, now=now)
             case Loaded():
                 self.residency.costs.loaded(message.load_s)
                 self._holds(peer_id, message)
@@ -158,7 +163,7 @@ class ClusterState:
         if isinstance(message, Schedule):
             self.drafts.said(message)
             if not is_stale:
-                self.dispatch.forecast(message)
+                self.dispatch.forecast(message, self.peers.members())
         else:
             self.ledger.realigns_total += 1
             self.drafts.rollback(message)
@@ -199,5 +204,20 @@ class ClusterState:
         for peer_id in self.peers.lost(now):
             actions += self._lost(peer_id, now, reason=f"silent for {self.config.lost_after_s} s")
         self.dispatch.suspects.are_silent(self.peers.silent(now))
+        actions += self._warn_of_no_spare(now)
         actions += self.dispatch.tick(self.peers.members(), epoch=self.peers.epoch, now=now)
         return actions + self.peers.heartbeats(now)
+
+    def _warn_of_no_spare(self, now: float) -> list[Action]:
+        """Any node can hold any layer, so two are enough for one to fail. While a cluster gathers there is one, too."""
+        if len(self.peers.members()) != 1:
+            self._alone_since_s = None
+            return []
+        if self._alone_since_s is None:
+            self._alone_since_s = now
+        if self._alone_since_s == inf or now - self._alone_since_s < self.config.lost_after_s:
+            return []
+        self._alone_since_s = inf
+        (only,) = self.peers.members()
+        text = f"every layer has one node that can hold it, {only.node_id}: if that fails, requests wait for another"
+        return [Note(level="warning", text=text)]

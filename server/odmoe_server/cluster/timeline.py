@@ -7,6 +7,7 @@ of two machines are never compared, and whatever a node did appears late by the 
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -64,7 +65,48 @@ class Called:
     is_prompt: bool
 
 
-Mark = Heard | Told | Called
+@dataclass(frozen=True, slots=True)
+class Came:
+    """A request for one answer was queued, in the `context` of whoever asked."""
+
+    at_s: float
+    sequence: int
+    request_id: str
+    num_prompt: int
+    context: Context
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """The decode loop has taken a step with these spans, one or more of each sequence."""
+
+    began_s: float
+    ended_s: float
+    spans: tuple[Span, ...]
+    is_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A sequence is over; without a `reason` it broke off."""
+
+    at_s: float
+    sequence: int
+    num_tokens: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A sequence took `num_tokens` of what a decode step brought it, the first one certain and the others guesses of
+    the shadow, of which the step had verified `num_guesses`."""
+
+    at_s: float
+    num_tokens: int
+    num_guesses: int
+
+
+Mark = Heard | Told | Called | Came | Stepped | Left | Taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +115,22 @@ class Timeline:
 
     put: Callable[[Mark], None]
     clock: Callable[[], float]
+
+    def came(self, sequence: int, *, request_id: str, num_prompt: int) -> None:
+        """Somebody asks, in whose context this is called."""
+        self.put(Came(self.clock(), sequence, request_id, num_prompt, copy_context()))
+
+    def stepped(self, began_s: float, *, spans: Iterable[Span], is_prompt: bool) -> None:
+        """A step is over."""
+        self.put(Stepped(began_s, self.clock(), tuple(spans), is_prompt))
+
+    def left(self, sequence: int, *, num_tokens: int, reason: str | None) -> None:
+        """A sequence is over."""
+        self.put(Left(self.clock(), sequence, num_tokens, reason))
+
+    def taken(self, *, num_tokens: int, num_guesses: int) -> None:
+        """A decode step brought a sequence tokens."""
+        self.put(Taken(self.clock(), num_tokens, num_guesses))
 
     def heard(self, peer_id: str, message: AnyMessage) -> None:
         """A message has come."""
@@ -109,9 +167,12 @@ class _Step:
 
 @dataclass(kw_only=True, slots=True)
 class Totals:
-    """Of the decode steps drawn, prompts left out. `stalled_s`: time in which a layer waited for a load."""
+    """Of the decode steps drawn, prompts left out. `stalled_s`: time in which a layer waited for a load. `tokens` came
+    of them; `guesses` of the shadow were verified, of which `agreed` were what the model said too."""
 
     tokens: int = 0
+    guesses: int = 0
+    agreed: int = 0
     steps_s: float = 0.0
     experts_s: float = 0.0
     stalled_s: float = 0.0
@@ -119,16 +180,23 @@ class Totals:
 
     def add(self, step: _Step, ended_s: float) -> None:
         """Count a step that is over."""
-        self.tokens += sum(span.length for span in step.spans)
         self.steps_s += ended_s - step.began_s
         self.experts_s += step.experts_s
         self.stalled_s += step.stalled_s
         self.outcomes += step.outcomes
 
+    def take(self, taken: Taken) -> None:
+        """Count what became of a step."""
+        self.tokens += taken.num_tokens
+        self.guesses += taken.num_guesses
+        self.agreed += taken.num_tokens - 1
+
     def summary(self) -> dict[str, float]:
         """For people."""
         return {
             "tokens": self.tokens,
+            "guesses": self.guesses,
+            "guesses_agreed": self.agreed,
             "time_ms": milliseconds(self.steps_s),
             "waiting_for_experts_ms": milliseconds(self.experts_s),
             "stalled_on_loads_ms": milliseconds(self.stalled_s),
@@ -156,13 +224,15 @@ class Rendering:
     def events(self, mark: Mark) -> list[Event]:
         """What a mark adds to the drawing."""
         match mark:
-            case Called():
-                self._called(mark)
+            case Called() | Taken():
+                self._decoded(mark)
             case Told(message=Compute(request_id=request_id)):
                 _remember(self._open, request_id, mark)
             case Told(message=Align(sequence=sequence, position=position)):
                 self._aligned = (sequence, position, mark.at_s)
             case Heard(message=Result() as result):
+                for loaded in result.loaded:
+                    self._loaded(mark, loaded)
                 self._answered(mark, result)
             case Heard(message=ComputeFailed(request_id=request_id, code=code)):
                 self._open.pop(request_id, None)
@@ -224,6 +294,12 @@ class Rendering:
         self.drawing.slice(PREDICTOR, f"layer {layer}", f"shadow L{layer}", began_s, mark.at_s, **facts)
 
     # ------------------------------------------------------------------------------------------------ the server
+
+    def _decoded(self, mark: Called | Taken) -> None:
+        if isinstance(mark, Taken):
+            self.totals.take(mark)
+        else:
+            self._called(mark)
 
     def _called(self, mark: Called) -> None:
         layer, sequences = mark.call.layer, frozenset(span.sequence for span in mark.call.spans)

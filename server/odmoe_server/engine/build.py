@@ -18,6 +18,7 @@ from odmoe_model.store import ExpertStore
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.state import ClusterState
+from odmoe_server.cluster.timeline import Mark
 from odmoe_server.engine.align import Periods
 from odmoe_server.engine.kv import default_budget_bytes, measure_kv
 from odmoe_server.engine.loop import DecodeLoop, EngineLimits, Loaded
@@ -30,7 +31,9 @@ from odmoe_server.importance.mode import Importance
 from odmoe_server.importance.options import ImportanceOptions
 from odmoe_server.moe.lanes import meet
 from odmoe_server.moe.remote import RemoteExperts
+from odmoe_server.moe.rows import Rows
 from odmoe_server.moe.trace import RoutedCall
+from odmoe_server.recording import Sink
 from odmoe_wire.checks import Limits
 from odmoe_wire.keys import CurveKeys
 from odmoe_wire.lifeline import settle_heap
@@ -43,7 +46,7 @@ class EngineOptions:
     """`group_size` None is as many nodes as a step may need experts of a layer. `max_context` cuts the model's own
     context length. `prefill_chunk`: most tokens of a prompt that go through the model at once; None takes every prompt
     whole. `draft`: most guesses of the shadow verified in one step. `kv_memory_bytes`: for keys and values of all
-    sequences; None takes a share of what is free."""
+    sequences; None takes a share of what is free. `spans` gets what happens, as the timeline does."""
 
     endpoint: str
     device: str = "cpu"
@@ -65,6 +68,7 @@ class EngineOptions:
     kv_memory_bytes: int | None = None
     prefix_cache: bool = True
     importance: ImportanceOptions | None = None
+    spans: Sink[Mark] | None = None
 
 
 def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
@@ -120,7 +124,12 @@ def load_model(
     torch.set_num_threads(options.threads)
     model = load_skeleton(store, device=options.device)
     importance = None if options.importance is None else _importance(store, options.importance, model, cluster)
-    experts = RemoteExperts(cluster=cluster, traces=trace is not None, importance=importance)
+    experts = RemoteExperts(
+        cluster=cluster,
+        traces=trace is not None,
+        importance=importance,
+        expert_bytes=store.manifest.record_bytes,
+    )
     install(model, meet)
     settle_heap()
 
@@ -131,7 +140,13 @@ def load_model(
     kv_bytes = options.kv_memory_bytes
     return Loaded(
         stepper=Stepper(
-            model, meeting=experts, cluster=cluster, total=experts.total, periods=options.periods, trace=trace
+            model,
+            meeting=experts,
+            cluster=cluster,
+            total=experts.total,
+            periods=options.periods,
+            trace=trace,
+            rows=Rows.tried(model, empty_cache),
         ),
         new_cache=empty_cache,
         total=experts.total,
@@ -183,7 +198,9 @@ class ServingEngine(DecodeLoop):
     """A decode loop with its cluster, started and stopped as one."""
 
     def __init__(self, store: ExpertStore, options: EngineOptions, *, link: Link) -> None:
-        self._recordings = Recordings.open(store.manifest, timeline_file=options.timeline, trace_file=options.trace)
+        self._recordings = Recordings.open(
+            store.manifest, timeline_file=options.timeline, trace_file=options.trace, spans=options.spans
+        )
         cluster = ClusterDriver(
             ClusterState(config=cluster_config(store, options)), link=link, timeline=self._recordings.timeline
         )

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,7 +18,7 @@ from odmoe_server.cluster.calls import CallError
 from odmoe_server.cluster.driver import ClusterDriver
 from odmoe_server.engine.kv import KvSize, Room
 from odmoe_server.engine.prefix import PrefixCache
-from odmoe_server.engine.rota import Rota
+from odmoe_server.engine.rota import Patience, Rota
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine.sequence import Outbox, Sequence
 from odmoe_server.engine.step import Stepper
@@ -30,6 +30,7 @@ from odmoe_server.engine_api import (
     GenerationRequest,
     NotReady,
     QueueFull,
+    ReadPrompt,
     Token,
 )
 from odmoe_server.moe.tally import Tally
@@ -69,6 +70,14 @@ class Loaded:
     alpha_of: Callable[[GenerationRequest], float] = lambda request: 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Going:
+    """A step with prompts that is under way: what goes on with it, layer by layer."""
+
+    batch: list[Sequence]
+    layers: Generator[None, None, list[list[torch.Tensor]]]
+
+
 class DecodeLoop:
     """The engine (see `engine_api.Engine`). `load` runs first thing on the loop's own thread."""
 
@@ -80,6 +89,9 @@ class DecodeLoop:
         self._room = Room(budget_bytes=0, max_running=limits.max_running)
         self._prefix: PrefixCache | None = None
         self._rota = Rota(chunk=None)
+        self._patience = Patience()
+        # The step with prompts that was left for answers to come in between.
+        self._going: _Going | None = None
         self._state: Literal["loading", "ready", "stopping", "dead"] = "loading"
         self._detail = "loading the weights"
         self._context_length = limits.context_length
@@ -112,7 +124,7 @@ class DecodeLoop:
             self._changed.notify_all()
         self._thread.join(timeout_s)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Token | Finished, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[ReadPrompt | Token | Finished, None]:
         """See `engine_api.Engine.generate`."""
         outbox = Outbox(loop=asyncio.get_running_loop())
         self._enqueue(request, outbox)
@@ -176,6 +188,9 @@ class DecodeLoop:
                 alpha=self._loaded.alpha_of(request),
             )
             self._queue.append(sequence)
+            if (timeline := self._cluster.timeline) is not None:
+                num_prompt = len(request.prompt_ids)
+                timeline.came(sequence.sequence_id, request_id=request.request_id, num_prompt=num_prompt)
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
@@ -231,14 +246,19 @@ class DecodeLoop:
                 self._changed.wait(IDLE_S)
             for sequence in [sequence for sequence in self._queue if sequence.cancelled]:
                 self._queue.remove(sequence)
+                self._tell_left(sequence)
             self._leave([sequence for sequence in self._running if sequence.cancelled])
+            if self._going is not None and not self._still(self._going.batch):
+                self._give_up_prompts()
             while self._queue:
                 self._in_hand = [self._queue[0]]
                 if not self._admit(self._queue[0]):
                     break
                 self._running.append(self._queue.popleft())
         self._in_hand = batch = self._rota.next_batch(self._running)
-        if batch:
+        if batch and batch[0].is_prompt:
+            self._read(batch)
+        elif batch:
             self._step(batch)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -251,27 +271,73 @@ class DecodeLoop:
         beside_bytes = self._prefix.used_bytes if self._prefix is not None else 0
         if not self._room.admit(sequence.sequence_id, need_bytes, beside_bytes=beside_bytes):
             return False
-        found = self._prefix.find(request.tenant, request.prompt_ids, sequence.cache) if self._prefix else 0
+        found = 0
+        if self._prefix is not None and not request.reads_prompt:
+            found = self._prefix.find(request.tenant, request.prompt_ids, sequence.cache)
         sequence.begin(cached_tokens=found)
         return True
 
     def _step(self, batch: list[Sequence]) -> None:
         assert self._loaded is not None
-        stepper = self._loaded.stepper
-        is_prompt = batch[0].is_prompt
-        if not is_prompt:
-            for sequence in batch:
-                stepper.draft(sequence, most=self._rota.num_drafts(len(batch)))
-        self._cluster.is_unheard = lambda: self._state != "ready" or all(sequence.cancelled for sequence in batch)
+        stepper, began_s = self._loaded.stepper, time.monotonic()
+        for sequence in batch:
+            stepper.draft(sequence, most=self._rota.num_drafts(len(batch)))
+        self._listen_to(batch)
         try:
             rows = stepper.step(batch)
         except CallError as error:
-            names = ", ".join(sequence.request.request_id for sequence in batch)
-            log.warning("requests %s failed: %s", names, error)
-            self._fail(batch, GenerationFailed("the cluster could not compute the answer; try again"))
+            self._fail_call(batch, error)
             return
+        self._patience.answered(time.monotonic() - began_s)
         for sequence, own in zip(batch, rows, strict=True):
             self._take(sequence, own)
+
+    def _read(self, batch: list[Sequence]) -> None:
+        """Go on with the step of prompts that is under way, else begin one with these. It goes to its end, unless it
+        would hold up answers for too long."""
+        assert self._loaded is not None
+        going, self._going = self._going, None
+        if going is None:
+            going = _Going(batch=batch, layers=self._loaded.stepper.step_by_layer(batch))
+        self._in_hand = going.batch
+        self._listen_to(going.batch)
+        began_s, num_layers = time.monotonic(), 0
+        try:
+            while True:
+                next(going.layers)
+                num_layers += 1
+                if self._is_impatient(time.monotonic() - began_s, num_layers):
+                    self._going = going
+                    return
+        except CallError as error:
+            self._fail_call(self._still(going.batch), error)
+        except StopIteration as done:
+            for sequence, own in zip(going.batch, done.value, strict=True):
+                if sequence in self._running:
+                    self._take(sequence, own)
+
+    def _is_impatient(self, part_s: float, num_layers: int) -> bool:
+        """Whether an answer has been held up long enough."""
+        answers = any(not sequence.is_prompt for sequence in self._running)
+        return answers and self._patience.is_over(part_s, num_layers=num_layers)
+
+    def _listen_to(self, batch: list[Sequence]) -> None:
+        """Let the cluster give up what nobody waits for any more."""
+        self._cluster.is_unheard = lambda: self._state != "ready" or all(sequence.cancelled for sequence in batch)
+
+    def _still(self, batch: list[Sequence]) -> list[Sequence]:
+        """Those that run on."""
+        return [sequence for sequence in batch if sequence in self._running]
+
+    def _give_up_prompts(self) -> None:
+        if self._going is not None:
+            self._going.layers.close()
+            self._going = None
+
+    def _fail_call(self, batch: list[Sequence], error: CallError) -> None:
+        names = ", ".join(sequence.request.request_id for sequence in batch)
+        log.warning("requests %s failed: %s", names, error)
+        self._fail(batch, GenerationFailed("the cluster could not compute the answer; try again"))
 
     def _take(self, sequence: Sequence, rows: list[torch.Tensor]) -> None:
         """What a step brought one sequence. Its failure is not the others'."""
@@ -307,10 +373,17 @@ class DecodeLoop:
                         held.remove(sequence)
             self._room.leave(sequence.sequence_id)
             self._cluster.end_sequence(sequence.sequence_id)
+            self._tell_left(sequence)
+
+    def _tell_left(self, sequence: Sequence) -> None:
+        if (timeline := self._cluster.timeline) is not None:
+            num_tokens, reason = sequence.completion_tokens, sequence.finish_reason
+            timeline.left(sequence.sequence_id, num_tokens=num_tokens, reason=reason)
 
     def _refuse_all(self) -> None:
         with self._changed:
             waiting, self._queue = list(self._queue), deque()
         for sequence in waiting:
             sequence.outbox.put(NotReady(self._detail))
+        self._give_up_prompts()
         self._fail(list(self._running), NotReady(self._detail))

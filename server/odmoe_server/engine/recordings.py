@@ -1,5 +1,7 @@
-"""What a running engine may write down on the side: a timeline, a routing trace. Off unless a file is named."""
+"""What a running engine may write down on the side: a timeline, a routing trace, spans. Off unless somebody says where
+to."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,10 +11,10 @@ from typing import Any
 
 from odmoe_model.manifest import Manifest
 from odmoe_model.trace import VERSION, TraceHeader
-from odmoe_server.cluster.timeline import Timeline
+from odmoe_server.cluster.timeline import Mark, Timeline
 from odmoe_server.cluster.timeline_file import record_timeline
 from odmoe_server.moe.trace import RoutedCall, record_trace
-from odmoe_server.recording import Recorder
+from odmoe_server.recording import Recorder, Sink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,16 @@ class Recordings:
     recorders: tuple[Recorder[Any], ...] = ()
 
     @classmethod
-    def open(cls, manifest: Manifest, *, timeline_file: Path | None, trace_file: Path | None) -> "Recordings":
-        """Make the files that are named. Raises ValueError when one cannot be made."""
+    def open(
+        cls,
+        manifest: Manifest,
+        *,
+        timeline_file: Path | None,
+        trace_file: Path | None,
+        spans: Sink[Mark] | None = None,
+    ) -> "Recordings":
+        """Make the files that are named; what the timeline is drawn from also goes to `spans`. Raises ValueError when a
+        file cannot be made."""
         if timeline_file is not None and timeline_file == trace_file:
             raise ValueError(f"timeline and trace cannot both be {trace_file}: give each a file of its own")
         recorders: list[Recorder[Any]] = []
@@ -35,6 +45,10 @@ class Recordings:
             facts = {"model_type": manifest.model_type, "store_digest": manifest.digest, "odmoe": version("odmoe")}
             timeline, drawer = record_timeline(timeline_file, num_layers=manifest.num_moe_layers, facts=facts)
             recorders.append(drawer)
+        if spans is not None:
+            sender: Recorder[Mark] = Recorder(spans, name="the traces")
+            timeline = also(timeline, sender.put)
+            recorders.append(sender)
         if trace_file is not None:
             tracer = record_trace(trace_file, header_of(manifest))
             trace = tracer.put
@@ -50,6 +64,19 @@ class Recordings:
         """Write what is left."""
         for recorder in self.recorders:
             recorder.close()
+
+
+def also(timeline: Timeline | None, put: Callable[[Mark], None]) -> Timeline:
+    """A timeline whose marks go to one more."""
+    if timeline is None:
+        return Timeline(put, time.monotonic)
+    before = timeline.put
+
+    def both(mark: Mark) -> None:
+        before(mark)
+        put(mark)
+
+    return Timeline(both, timeline.clock)
 
 
 def header_of(manifest: Manifest) -> TraceHeader:

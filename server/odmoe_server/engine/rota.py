@@ -1,7 +1,8 @@
 """Which of the running sequences the next step takes, and with how many guesses. Pure.
 
-A step is all prompts or all answers, in turns while there are both: so a long prompt holds up the answers that run by
-no more than one chunk at a time, and they hold it up by one token.
+A step is all prompts or all answers, in turns while there are both. A step with prompts may be left behind any layer
+and taken up again, so it holds up the answers that run by no more than a step or two of theirs at a time; they hold it
+up by one token.
 """
 
 from collections.abc import Sequence as Batch
@@ -10,6 +11,13 @@ from typing import Final, Protocol, TypeVar
 
 # Most lanes of a step that guesses may fill up to; beyond it, each further expert costs more than a guess is worth.
 MOST_LANES: Final = 16
+
+
+# Parts of a prompt may last so many times what a step with the answers lasts: their tokens then come at most three
+# times as far apart as without a prompt, with something left for what the two take from one another.
+MOST_HELD_UP: Final = 1.0
+# How much of what a step took counts in the average.
+_NEWS: Final = 0.25
 
 
 class Runs(Protocol):
@@ -53,3 +61,19 @@ class Rota:
                 batch.append(sequence)
                 room -= len(sequence.fresh_ids)
         return batch
+
+
+@dataclass(kw_only=True)
+class Patience:
+    """How long the answers that run can be held up by a part of a prompt."""
+
+    _step_s: float = 0.0
+
+    def answered(self, took_s: float) -> None:
+        """A step with answers took so long."""
+        self._step_s += (_NEWS if self._step_s else 1.0) * (took_s - self._step_s)
+
+    def is_over(self, part_s: float, *, num_layers: int) -> bool:
+        """Whether one layer more of a prompt's, of which so many took `part_s`, would be too much. Never before there
+        was an answer to be held up."""
+        return bool(self._step_s) and part_s * (1 + 1 / num_layers) > MOST_HELD_UP * self._step_s

@@ -15,19 +15,21 @@ from transformers import DynamicCache
 
 from odmoe_model.kvcache import trim_cache, truncate_cache
 from odmoe_server.engine.align import Shadowed
+from odmoe_server.engine.reading import Reader, experts_of
 from odmoe_server.engine.sampling import Sampler
 from odmoe_server.engine_api import (
     EngineError,
     Finished,
     FinishReason,
     GenerationRequest,
+    ReadPrompt,
     Substituted,
     Token,
 )
 from odmoe_server.moe.lanes import Lane
 from odmoe_server.moe.tally import Tally
 
-Event = Token | Finished | EngineError
+Event = ReadPrompt | Token | Finished | EngineError
 
 
 @dataclass(kw_only=True)
@@ -82,6 +84,9 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt, that were in the cache from the beginning
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
+    end: Token | None = None  # the token that ended it, which is not delivered
+    # Where something is to be told of every token; else nothing is kept.
+    reader: Reader | None = None
     decode_tally: Tally = field(default_factory=Tally)
     shadowed: Shadowed = field(default_factory=Shadowed)
     times: Times = field(default_factory=Times)
@@ -90,6 +95,8 @@ class Sequence:
         self.fresh_ids = self.chunk_at(0)
         self.ids = list(self.request.prompt_ids)
         self.times.came_s = self.clock()
+        if self.request.reads_prompt:
+            self.reader = Reader(request=self.request)
 
     @property
     def is_prompt(self) -> bool:
@@ -132,14 +139,13 @@ class Sequence:
         of the rows logits_V as long as the drafts were right. How many rows were of use; the rest is taken out of the
         cache. `finish_reason` is set if the sequence is over."""
         if self.is_prompt:
-            self.advance()
-            if self.is_prompt:
+            if not self._take_prompt():
                 self._trim()
                 return 1
         else:
             self.position += 1
         kept = 1
-        while not self._accept(self.sampler.next_token(rows[kept - 1], self.ids)) and self._was_right(kept):
+        while not self._accept(self._token(rows[kept - 1], kept)) and self._was_right(kept):
             kept += 1
             self.position += 1
         if kept < len(rows):
@@ -149,6 +155,26 @@ class Sequence:
             self.hope = kept
         self.draft_ids = []
         return kept
+
+    def _take_prompt(self) -> bool:
+        """A chunk of the prompt is in the cache now. Whether a token of the answer comes next."""
+        if self.reader is not None:
+            self.reader.read_prompt(self.lanes[0])
+        self.advance()
+        if self.is_prompt:
+            return False
+        if self.reader is not None:
+            self.outbox.put(self.reader.prompt())
+        if self.request.max_tokens == 0:
+            self.times.first_s = self.clock()
+            self.finish_reason = "length"
+        return self.finish_reason is None
+
+    def _token(self, logits_V: torch.Tensor, kept: int) -> Token:
+        token = self.sampler.next_token(logits_V, self.ids)
+        if not self.request.routed_experts or self.lanes[0].is_prompt:
+            return token
+        return replace(token, experts_TLK=experts_of(self.lanes[kept - 1]))
 
     def _trim(self) -> None:
         if self.may_go_back:
@@ -165,7 +191,7 @@ class Sequence:
         self.fresh_ids = [token.token_id]
         self.ids.append(token.token_id)
         if token.token_id in self.end_ids:
-            self.finish_reason = "stop"
+            self.finish_reason, self.end = "stop", token
         else:
             tally = self.decode_tally
             substituted = Substituted(tally.substituted, tally.activations) if self.alpha > 0 else None
@@ -188,5 +214,6 @@ class Sequence:
                 prefill_s=times.first_s - times.admitted_s,
                 decode_s=self.clock() - times.first_s,
                 cached_tokens=self.cached_tokens,
+                end=self.end,
             )
         )

@@ -128,6 +128,8 @@ class Importance:
         return other
 
     def _scores(self, layer: int, x_TH: Tensor) -> Scores:
+        """The gate is asked a second time: its logits are not among what transformers gives its experts. A hook would
+        hear them, but lanes of several steps take turns in the model, and it does not know whose rows it hears."""
         logits_TE, _ = self._routers[layer].routed(x_TH)
         return self._scorers[layer](logits_TE)
 
@@ -217,7 +219,7 @@ class Importance:
         return outputs
 
     def _fetch_ahead(self, lanes: Sequence[Lane], orders: Orders, later: int) -> None:
-        """Have the top-score experts fetched that a later layer is expected to choose and that no slot has."""
+        """Have the experts fetched that a later layer is expected to need and that no slot has, or may come to."""
         layer = orders.calls[0].layer
         predicted = [
             choice for one in zip(lanes, orders.calls, strict=True) for choice in self._predicted(*one, later=later)
@@ -243,5 +245,11 @@ class Importance:
             return []
         logits_TE, index_TK = self._routers[later].routed(call.x_TH)
         scores = self._scorers[later](logits_TE)
-        own = Routed(index_TK=index_TK, weight_TK=call.weight_TK, scores=scores, alpha=lane.alpha)
+        own = Routed(
+            index_TK=index_TK,
+            weight_TK=call.weight_TK,
+            scores=scores,
+            alpha=lane.alpha,
+            max_weight=self._options.max_weight,
+        )
         return [replace(choice, experts=tuple(sorted(forecast)) or choice.experts) for choice in choices_of(own)]

@@ -48,7 +48,7 @@ def serve(
     choices = [choices_of(one) for one in routed]
     swaps = iter(substitute([choice for rows in choices for choice in rows], at_hand=at_hand, likeness=likeness))
     return [
-        _swapped(one, tuple(next(swaps) for _ in rows), normalised) for one, rows in zip(routed, choices, strict=True)
+        swapped(one, tuple(next(swaps) for _ in rows), normalised) for one, rows in zip(routed, choices, strict=True)
     ]
 
 
@@ -61,7 +61,8 @@ def choices_of(routed: Routed) -> list[Choice]:
     ]
 
 
-def _swapped(routed: Routed, swaps: tuple[tuple[Swap, ...], ...], normalised: bool) -> Served:
+def swapped(routed: Routed, swaps: tuple[tuple[Swap, ...], ...], normalised: bool) -> Served:
+    """The choices of one gate's rows with these swaps carried out, a tuple of them for each row."""
     if not any(swaps):
         return Served(index_TK=routed.index_TK, weight_TK=routed.weight_TK, swaps=swaps)
     index_TK, weight_TK = routed.index_TK.clone(), routed.weight_TK.clone()

@@ -10,7 +10,8 @@ later.
 T token rows of a lane, K experts a token, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,7 +30,8 @@ from odmoe_wire.messages import Span, Wants
 class Lane:
     """What one forward takes, and what is to be known of it. `next_span`: what the step after this one takes of a
     prompt. `tallies` is empty for a prompt, which has no forecast and would only blur what forecasts are worth. `alpha`
-    above 0 allows experts to be substituted."""
+    above 0 allows experts to be substituted. `served`, unless None: what computes the lane's tokens is left here, an
+    index_TK for each layer. With `keeps_logits` those behind all its tokens are left in `logits_TV`."""
 
     sequence: int
     position: int
@@ -41,6 +43,9 @@ class Lane:
     tallies: tuple[Tally, ...] = ()
     alpha: float = 0.0
     routed: list[RoutedCall] = field(default_factory=list)
+    served: list[torch.Tensor] | None = None
+    keeps_logits: bool = False
+    logits_TV: torch.Tensor | None = None
 
     @property
     def span(self) -> Span:
@@ -59,16 +64,31 @@ def meet(call: ExpertsCall) -> torch.Tensor:
     return cast(torch.Tensor, step.switch(call))
 
 
-@torch.inference_mode()
 def run_lanes(model: PreTrainedModel, lanes: Sequence[Lane], meeting: Meeting) -> list[torch.Tensor]:
     """logits_V after the last token of each lane, whose caches then hold all tokens. `meet` must be installed in the
     model. Raises what the model or `meeting` raises; the caches are then of no use any more."""
+    layers = by_layer(model, lanes, meeting)
+    while True:
+        try:
+            next(layers)
+        except StopIteration as done:
+            logits: list[torch.Tensor] = done.value
+            return logits
+
+
+@torch.inference_mode()
+def by_layer(
+    model: PreTrainedModel, lanes: Sequence[Lane], meeting: Meeting
+) -> Generator[None, None, list[torch.Tensor]]:
+    """`run_lanes`, which stops behind each MoE layer. Meanwhile lanes of other sequences may go through the model.
+    To be driven from one thread, and closed if it is given up."""
     runs = [greenlet(_forward) for _ in lanes]
     try:
         came = [run.switch(model, lane) for run, lane in zip(runs, lanes, strict=True)]
         while not runs[0].dead:
             outputs = meeting(lanes, came)
             came = [run.switch(out_TH) for run, out_TH in zip(runs, outputs, strict=True)]
+            yield
         assert all(run.dead for run in runs), "all lanes have the same MoE layers"
         return came
     finally:
@@ -78,14 +98,33 @@ def run_lanes(model: PreTrainedModel, lanes: Sequence[Lane], meeting: Meeting) -
 
 
 def _forward(model: PreTrainedModel, lane: Lane) -> torch.Tensor:
-    output = model(
-        input_ids=torch.tensor([list(lane.ids)], device=model.device),
-        past_key_values=LaneCache(lane.cache, start=lane.position),
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with _last_row_alone(model) if lane.keeps_logits else nullcontext():
+        output = model(
+            input_ids=torch.tensor([list(lane.ids)], device=model.device),
+            past_key_values=LaneCache(lane.cache, start=lane.position),
+            use_cache=True,
+            logits_to_keep=0 if lane.keeps_logits else 1,
+        )
+    if lane.keeps_logits:
+        lane.logits_TV = output.logits[0]
     logits_V: torch.Tensor = output.logits[0, -1]
     return logits_V
+
+
+@contextmanager
+def _last_row_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Have the head multiply the last row by itself, too, as it is multiplied where only that one is wanted: in another
+    shape it would be rounded otherwise, and what follows could depend on whether somebody looks at the prompt."""
+
+    def again(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logits_BTV: torch.Tensor) -> None:
+        if logits_BTV.shape[1] > 1:  # lanes beside this one keep one row
+            logits_BTV[:, -1:] = head.forward(inputs[0][:, -1:])
+
+    hook = model.get_output_embeddings().register_forward_hook(again)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class LaneCache(Cache):  # type: ignore[misc]  # transformers is untyped

@@ -41,11 +41,12 @@ class _Meeting:
 @dataclass(kw_only=True)
 class RemoteExperts:
     """Serves a layer's experts to all lanes of a step. With `traces`, what the gates chose is left in the lanes.
-    `importance` lets other experts stand in for some of those."""
+    `importance` lets other experts stand in for some of those. `expert_bytes`: what a load of one copies."""
 
     cluster: ClusterDriver
     traces: bool = False
     importance: Importance | None = None
+    expert_bytes: int = 0
     total: Tally = field(default_factory=Tally)
 
     def __call__(self, lanes: Sequence[Lane], calls: Sequence[ExpertsCall]) -> list[torch.Tensor]:
@@ -71,6 +72,9 @@ class RemoteExperts:
         self._count(lanes, meeting.groups, pending, meeting.orders)
         if self.traces:
             _trace(lanes, calls, pending)
+        for lane, served in zip(lanes, meeting.served, strict=True):
+            if lane.served is not None:
+                lane.served.append(served.index_TK)
         return _combine(meeting.served, meeting.groups, pending, meeting.runs)
 
     def _begin(self, lanes: Sequence[Lane], calls: Sequence[ExpertsCall], orders: Orders | None) -> _Meeting:
@@ -134,11 +138,11 @@ class RemoteExperts:
         if needed:
             needed[id(self.total)] = self.total, set().union(*groups)
         for tally, experts in needed.values():
-            tally.add(experts, predicted=pending.predicted, timings=pending.timings)
+            tally.add(experts, predicted=pending.predicted, timings=pending.timings, expert_bytes=self.expert_bytes)
         if orders is not None:
-            self._count_replaced(lanes, orders)
+            self._count_replaced(lanes, orders, layer=pending.call.layer)
 
-    def _count_replaced(self, lanes: Sequence[Lane], orders: Orders) -> None:
+    def _count_replaced(self, lanes: Sequence[Lane], orders: Orders, *, layer: int) -> None:
         """As the activations are counted: once a step and sequence, and once a step."""
         counted: dict[int, tuple[Tally, set[int]]] = {}
         for lane, replaced in zip(lanes, orders.replaced, strict=True):
@@ -146,6 +150,8 @@ class RemoteExperts:
                 counted.setdefault(id(tally), (tally, set()))[1].update(replaced)
         for tally, experts in counted.values():
             tally.substituted += len(experts)
+            if tally is self.total:
+                self.cluster.state.ledger.replaced(layer, len(experts))
 
     def _tell(self, lane: Lane, call: ExpertsCall) -> None:
         """Let a predictor that goes by routings, or corrects by them, hear this one while the nodes are at it."""

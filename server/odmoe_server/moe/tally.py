@@ -21,9 +21,18 @@ class Tally:
     drafted: int = 0
     accepted: int = 0
     substituted: int = 0
+    loaded_bytes: int = 0
 
-    def add(self, experts: Collection[int], *, predicted: Collection[int], timings: Iterable[ExpertTiming]) -> None:
-        """Count one layer of one step that needed these experts; timings of others do not count."""
+    def add(
+        self,
+        experts: Collection[int],
+        *,
+        predicted: Collection[int],
+        timings: Iterable[ExpertTiming],
+        expert_bytes: int = 0,
+    ) -> None:
+        """Count one layer of one step that needed these experts, of so many bytes each; timings of others do not
+        count."""
         self.activations += len(experts)
         self.predicted += sum(expert in predicted for expert in experts)
         stall_s = 0.0
@@ -32,6 +41,7 @@ class Tally:
                 self.hit += timing.outcome == "hit"
                 self.late += timing.outcome == "late"
                 self.missed += timing.outcome == "miss"
+                self.loaded_bytes += expert_bytes * timing.fresh
                 self.wait_s += timing.wait_s
                 stall_s = max(stall_s, timing.wait_s)
         self.stall_s += stall_s

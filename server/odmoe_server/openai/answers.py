@@ -52,7 +52,8 @@ class RequestMetrics(BaseModel):
 
 
 class ExpertCounts(BaseModel):
-    """What the experts of the answer's decode steps cost, over layers and steps; with `return_expert_stats`."""
+    """What the experts of the answer's decode steps cost, over layers and steps; with `return_expert_stats`.
+    `bytes_loaded` for these, not by wrong forecasts; what several answers shared counts for each."""
 
     activations: int
     predicted: int
@@ -62,6 +63,7 @@ class ExpertCounts(BaseModel):
     substituted: int
     drafted: int
     accepted: int
+    bytes_loaded: int
     wait_ms: float
     stall_ms: float
 
@@ -127,7 +129,32 @@ class AssistantMessage(BaseModel):
     tool_calls: list[MessageToolCall] | None = None
 
 
-class Choice(BaseModel):
+class PromptLogprob(BaseModel):
+    """One token that could stand, or stands, at a place of the prompt; `rank` is its place among all, from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class OfPrompt(BaseModel):
+    """What is told of a prompt where it was asked for: `return_token_ids`, `prompt_logprobs`. The latter are by token
+    ids, and null for the first token."""
+
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+
+
+class OfTokens(BaseModel):
+    """What is told of an answer's tokens where it was asked for: `return_token_ids` (the one that ended it included)
+    and `return_routed_experts`: base64 of a .npy file, an array [tokens, MoE layers, experts a token] of whole numbers,
+    for the prompt's tokens and the answer's but the last, which never goes through the model."""
+
+    token_ids: list[int] | None = None
+    routed_experts: str | None = None
+
+
+class Choice(OfTokens):
     """One answer, whole. `stop_reason` is the stop string that ended it, if one did."""
 
     index: int
@@ -137,7 +164,7 @@ class Choice(BaseModel):
     stop_reason: str | None = None
 
 
-class ChatCompletion(Reports):
+class ChatCompletion(Reports, OfPrompt):
     """Body of an answer that is not streamed."""
 
     id: str
@@ -157,7 +184,7 @@ class Delta(BaseModel):
     tool_calls: list[DeltaToolCall] | None = None
 
 
-class ChunkChoice(BaseModel):
+class ChunkChoice(OfTokens):
     """One answer's share of a chunk."""
 
     index: int
@@ -176,20 +203,22 @@ class ChatChunk(Reports):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
+    prompt_token_ids: list[int] | None = None
     usage: Usage | None = None
     expert_substitutions: ExpertSubstitutions | None = None
 
 
 class CompletionLogprobs(BaseModel):
-    """Of the tokens that make up the text; `text_offset` is where each begins."""
+    """Of the tokens that make up the text; `text_offset` is where each begins. Null for a prompt's first, which
+    follows none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(OfTokens, OfPrompt):
     """One text completion, whole or the next piece of it."""
 
     index: int

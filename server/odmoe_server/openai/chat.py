@@ -17,6 +17,7 @@ from odmoe_server.engine_api import GenerationRequest
 from odmoe_server.generation import Job
 from odmoe_server.openai.chat_dialect import ChatDialect
 from odmoe_server.openai.generating import Generating, seeded
+from odmoe_server.openai.reading import Reading, check_size
 from odmoe_server.openai.render import Extras, Letterhead
 from odmoe_server.openai.schemas import ChatRequest
 from odmoe_server.openai.structured import schema_of
@@ -33,9 +34,14 @@ class Prepared:
     form: ToolFormat | None
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Of the conversation."""
+        return self.jobs[0].request.prompt_ids
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Of the conversation."""
-        return len(self.jobs[0].request.prompt_ids)
+        return len(self.prompt_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class ChatService:
             text=self.answerer.text,
             with_logprobs=chat.num_top_logprobs is not None,
             form=prepared.form,
+            reading=Reading.asked(chat, text=self.answerer.text, prompts=[prepared.prompt_ids] * len(prepared.jobs)),
         )
         return await self.answerer.answer(prepared.jobs, dialect=dialect, stream=bool(chat.stream), request=request)
 
@@ -81,10 +88,13 @@ class ChatService:
                     sampling=seeded(sampling, number=number),
                     tenant=tenant,
                     alpha=chat.expert_substitution,
+                    prompt_logprobs=chat.num_prompt_logprobs,
+                    routed_experts=bool(chat.return_routed_experts),
                 ),
             )
             for number in range(chat.n or 1)
         ]
+        check_size(chat, [prompt_ids] * len(jobs), max_tokens=[max_tokens] * len(jobs))
         return Prepared(jobs=tuple(jobs), form=await self.kit.form() if options.callable else None)
 
     async def prompt_ids(self, chat: ChatRequest) -> tuple[int, ...]:
@@ -110,4 +120,5 @@ def job(asked: Generating, generation: GenerationRequest) -> Job:
         stops=asked.stop or (),
         include_stop=bool(asked.include_stop_str_in_output),
         skip_special_tokens=asked.skip_special_tokens is not False,
+        token_ids=bool(asked.return_token_ids),
     )

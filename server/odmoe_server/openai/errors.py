@@ -58,6 +58,10 @@ class BadKey(RequestError):
     """No API key, or a wrong one."""
 
 
+class UntrustedHost(RequestError):
+    """A Host header this server does not answer to."""
+
+
 class UnknownModel(RequestError):
     """A model name that is not served here."""
 
@@ -92,6 +96,7 @@ TABLE: Mapping[type[Exception], Row] = {
     MalformedBody: Row(400, _CLIENT, "malformed_body"),
     ContextTooLong: Row(400, _CLIENT, "context_length_exceeded"),
     BadKey: Row(401, _CLIENT, "invalid_api_key"),
+    UntrustedHost: Row(403, _CLIENT, "host_not_allowed"),
     UnknownModel: Row(404, _CLIENT, "model_not_found"),
     UnknownResponse: Row(404, _CLIENT, "response_not_found"),
     UnknownRoute: Row(404, _CLIENT, "unknown_url"),

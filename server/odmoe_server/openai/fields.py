@@ -31,12 +31,9 @@ _EXTENSIONS: Final[Mapping[str, Neutral]] = {
     "logits_processors": ([],),
     "lora_path": (),
     "priority": (0,),
-    "prompt_logprobs": (),
     "regex": (),
     "repetition_detection": (),
     "request_id": (),  # the header x-request-id is taken
-    "return_routed_experts": (False,),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),

@@ -56,6 +56,10 @@ class Generating(Body):
     # Ours: objects in the answer.
     return_metrics: bool | None = None
     return_expert_stats: bool | None = None
+    # vLLM's: what is told of tokens.
+    return_token_ids: bool | None = None
+    return_routed_experts: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     # Accepted because it does not touch the answer.
     user: str | None = None
 
@@ -74,6 +78,17 @@ class Generating(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_come_whole(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("'prompt_logprobs' is not available in streams.", param="prompt_logprobs")
+        return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """None for no log probabilities of the prompt, else how many of the likeliest tokens' come with each."""
+        return self.prompt_logprobs
 
     @property
     def token_limit(self) -> int | None:

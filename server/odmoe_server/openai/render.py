@@ -133,6 +133,7 @@ def expert_stats(endings: Sequence[Ending]) -> dict[str, Any] | None:
     counts = ("activations", "predicted", "hit", "late", "missed", "substituted", "drafted", "accepted")
     return {
         **{name: sum(getattr(stats, name) for stats in known) for name in counts},
+        "bytes_loaded": sum(stats.loaded_bytes for stats in known),
         "wait_ms": 1000 * _sum_s(known, "wait_s"),
         "stall_ms": 1000 * _sum_s(known, "stall_s"),
     }

@@ -188,6 +188,18 @@ class CompletionRequest(Generating):
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     add_special_tokens: bool | None = None
+    max_tokens: int | None = Field(default=None, ge=0)  # none, where the prompt is to be read
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether the log probabilities are also the prompt's."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """See `Generating`."""
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((number for number in asked if number is not None), default=None)
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -218,13 +230,10 @@ class CompletionRequest(Generating):
         return without_neutral(body, not_yet=COMPLETION_FIELDS)
 
     @model_validator(mode="after")
-    def _no_logprobs_of_the_prompt(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedParameter(
-                "'echo' together with 'logprobs' is not supported by this server: it has no log probabilities of the"
-                " prompt.",
-                param="echo",
-            )
+    def _no_tokens_only_of_a_prompt(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            text = "'max_tokens' may be 0 only with 'echo' or 'prompt_logprobs'."
+            raise InvalidRequest(text, param="max_tokens")
         return self
 
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from odmoe_server.planner import memory, prefill
+from odmoe_server.planner import drafts, memory, prefill
 from odmoe_server.planner.forecasts import Forecast
 from odmoe_server.planner.machines import Machines, Times, members, times
 from odmoe_server.planner.memory import Memory
 from odmoe_server.planner.shape import Shape
-from odmoe_server.planner.simulate import Decoded, decode
+from odmoe_server.planner.simulate import Decoded
 from odmoe_wire import placement
 
 
@@ -114,7 +114,7 @@ def hidden_load_s(shape: Shape, machines: Machines, steps: Times) -> float | Non
 def _if_free(question: Question, steps: Times) -> tuple[tuple[str, float], ...]:
     """Tokens/s with each thing for nothing, the most helpful first."""
     forecast = question.forecast
-    never_waits = replace(forecast, align_token=0, align_kv=0, run_ahead=0)
+    never_waits = forecast if forecast.draft else replace(forecast, align_token=0, align_kv=0, run_ahead=0)
     perfect = replace(forecast, source="shadow", recall=(1.0,))
     cases = [
         ("loads", steps.without("loads"), forecast),
@@ -129,7 +129,7 @@ def _if_free(question: Question, steps: Times) -> tuple[tuple[str, float], ...]:
 
 
 def _decode(question: Question, steps: Times, forecast: Forecast) -> Decoded:
-    return decode(
+    return drafts.decode(
         question.machines,
         steps,
         replace(forecast, begins_s=shadow_begins_s(question, steps)),

@@ -11,10 +11,10 @@ from typing import Final
 
 from odmoe_server.planner import prefill
 from odmoe_server.planner.bench_record import BenchRecord, RecordedRow, WithoutLoads
+from odmoe_server.planner.drafts import decode
 from odmoe_server.planner.forecasts import Forecast
 from odmoe_server.planner.machines import Crew, Node, Times
 from odmoe_server.planner.rig import Rig
-from odmoe_server.planner.simulate import decode
 
 TOLERANCE: Final = 0.20
 RESIDENT: Final = "resident"
@@ -23,6 +23,7 @@ _SEEDS: Final = range(4)
 
 FORECASTS: Final = {
     "on-demand": Forecast(run_ahead=1),
+    "drafts": Forecast(run_ahead=8, draft=3),
     "on-demand-feedback": Forecast(run_ahead=1),
     "on-demand-late": Forecast(),
     "token-only": Forecast(align_kv=0),
@@ -110,7 +111,7 @@ def forecast_of(record: BenchRecord, row: RecordedRow) -> Forecast:
     """How a row's experts are forecast. Raises ValueError where the model or the record does not say."""
     forecast = FORECASTS.get(row.variant)
     if forecast is None:
-        raise ValueError("the model does not know this variant: its steps take one token of one sequence")
+        raise ValueError("the model does not know this variant")
     if row.link_ratio is None:
         raise ValueError("the row has no link_ratio")
     if forecast.source == "shadow":
@@ -128,7 +129,7 @@ def forecast_of(record: BenchRecord, row: RecordedRow) -> Forecast:
 
 def tokens_per_s(record: BenchRecord, row: RecordedRow, forecast: Forecast) -> float:
     """The speed of decoding after the first token."""
-    crew, times = crew_of(record, row), times_of(record, row, forecast)
+    crew, times = crew_of(record, row, forecast), times_of(record, row, forecast)
     runs = [
         decode(
             crew,
@@ -154,7 +155,7 @@ def first_token_s(record: BenchRecord, row: RecordedRow, forecast: Forecast) -> 
     shape = record.shape
     layer_s = given.first_s / shape.moe_layers
     main_share = record.main_s / (record.main_s + shape.top_k * record.expert_s)
-    crew, times = crew_of(record, row), times_of(record, row, forecast)
+    crew, times = crew_of(record, row, forecast), times_of(record, row, forecast)
     expert_s = (1 - main_share) * layer_s / shape.experts
     prompt = replace(times, main_s=main_share * layer_s, expert_s=expert_s, row_s=0.0)
     rig = Rig(crew, times.load_s)
@@ -177,10 +178,13 @@ def message_s(record: BenchRecord, forecast: Forecast) -> float:
     return max(0.0, rest_s / (2 * min(shape.top_k, record.question.group_size)))
 
 
-def crew_of(record: BenchRecord, row: RecordedRow) -> Crew:
-    """The machine of the record: all but the predictor on one core."""
-    node = Node(slots=row.slots or 1, link_gb_per_s=1.0)
-    return Crew(nodes=(node,) * record.question.nodes, group_size=record.question.group_size, shared_core=True)
+def crew_of(record: BenchRecord, row: RecordedRow, forecast: Forecast) -> Crew:
+    """The machine of the record: all but the predictor on one core. With guesses, as many nodes serve a layer as a step
+    may need experts of it."""
+    node, shape, group_size = Node(slots=row.slots or 1, link_gb_per_s=1.0), record.shape, record.question.group_size
+    if forecast.draft:
+        group_size = min(shape.experts, shape.top_k * (1 + forecast.draft))
+    return Crew(nodes=(node,) * record.question.nodes, group_size=group_size, shared_core=True)
 
 
 def times_of(record: BenchRecord, row: RecordedRow, forecast: Forecast) -> Times:

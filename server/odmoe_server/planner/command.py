@@ -36,7 +36,7 @@ def question_of(settings: PlanSettings) -> Question:
     shape = shape_of(settings)
     return Question(
         shape=shape,
-        machines=machines_of(settings, top_k=shape.top_k),
+        machines=machines_of(settings, shape=shape),
         forecast=forecast_of(settings),
         prompt_tokens=settings.prompt_tokens,
         output_tokens=settings.output_tokens,

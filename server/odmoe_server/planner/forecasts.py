@@ -19,6 +19,8 @@ class Forecast:
     before the full model has confirmed the one before; it is wrong about that one with `1 - agreement`. The shadow has
     the prompt's keys and values `begins_s` after the first token.
 
+    Of the tokens it has gone on with, `draft` are verified in one step with the newest.
+
     With the source `slots` nothing is forecast, and `recall` is the share of experts found in slots."""
 
     source: Literal["shadow", "random", "none", "slots"] = "shadow"
@@ -27,6 +29,7 @@ class Forecast:
     align_kv: int = 1
     run_ahead: int = 0
     agreement: float = 1.0
+    draft: int = 0
     begins_s: float = 0.0
 
     def recall_at(self, token: int) -> float:

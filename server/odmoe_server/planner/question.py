@@ -18,6 +18,7 @@ _ONLY_WITH: Final = {
     "align_token": ("predictor", "shadow"),
     "align_kv": ("predictor", "shadow"),
     "run_ahead": ("predictor", "shadow"),
+    "draft": ("predictor", "shadow"),
     "shadow_bits": ("predictor", "shadow"),
     "shadow_ms": ("predictor", "shadow"),
     "prompt_kv": ("predictor", "shadow"),
@@ -46,7 +47,10 @@ class PlanSettings(RoleSettings):
 
     nodes: int = Field(default=8, ge=1, description="node agents")
     group_size: int | None = Field(
-        default=None, ge=1, description="nodes that serve a layer; the model's top-k unless set"
+        default=None,
+        ge=1,
+        description="nodes that serve a layer; unless set as many as the model's top-k, with --draft as many as a step"
+        " may need experts",
     )
     slots: tuple[int, ...] = Field(default=(1,), description="experts a node has room for: one number, or one a node")
     link_gb_per_s: tuple[float, ...] = Field(
@@ -70,6 +74,9 @@ class PlanSettings(RoleSettings):
     align_kv: int = Field(default=1, ge=0, description="steps between two alignments of keys and values; 0 is never")
     run_ahead: int = Field(
         default=0, ge=0, description="tokens the shadow may be ahead; 0 is the paper's late departure"
+    )
+    draft: int = Field(
+        default=0, ge=0, le=15, description="tokens the shadow went on with that are verified with the newest, at most"
     )
     agreement: float = Field(default=1.0, ge=0, le=1, description="share of tokens a shadow that runs ahead gets right")
 
@@ -100,6 +107,8 @@ class PlanSettings(RoleSettings):
                 raise ValueError(f"{_flags([name])} says nothing without {_flags([other])} {value}")
         if "agreement" in given and self.run_ahead == 0:
             raise ValueError("--agreement says nothing without --run-ahead")
+        if self.draft and (self.run_ahead == 0 or (self.align_token, self.align_kv) != (1, 1)):
+            raise ValueError("--draft needs --run-ahead, and alignment in every step")
         for name in ("slots", "link_gb_per_s"):
             self._check_list(name)
         return self
@@ -121,13 +130,13 @@ def shape_of(settings: PlanSettings) -> Shape:
     return shape.named(settings.shape, weight_bits=settings.weight_bits)
 
 
-def machines_of(settings: PlanSettings, *, top_k: int) -> Machines:
+def machines_of(settings: PlanSettings, *, shape: Shape) -> Machines:
     """The machines that are asked about."""
     slots = settings.slots * (settings.nodes // len(settings.slots))
     links = settings.link_gb_per_s * (settings.nodes // len(settings.link_gb_per_s))
     return Machines(
         nodes=tuple(Node(slots=s, link_gb_per_s=g) for s, g in zip(slots, links, strict=True)),
-        group_size=settings.group_size or top_k,
+        group_size=settings.group_size or min(shape.num_experts, shape.top_k * (1 + settings.draft)),
         device=Device(
             memory_gb_per_s=settings.memory_gb_per_s, tflops=settings.tflops, overhead_s=settings.overhead_ms / 1e3
         ),
@@ -152,6 +161,7 @@ def forecast_of(settings: PlanSettings) -> Forecast:
         align_token=settings.align_token,
         align_kv=settings.align_kv,
         run_ahead=settings.run_ahead,
+        draft=settings.draft,
         agreement=settings.agreement,
     )
 

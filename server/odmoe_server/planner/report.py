@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Final
 
 from rich.table import Table
 
@@ -9,6 +10,9 @@ from odmoe_server.planner.answer import Answer, Question
 from odmoe_server.planner.bench import Compared
 from odmoe_server.planner.paper import Row
 from odmoe_server.planner.search import Found
+
+# A node may fail without a trace where another can hold its layers. Any node can hold any layer.
+SPARE_FROM: Final = 2
 
 
 def answer_table(question: Question, answer: Answer) -> Table:
@@ -25,6 +29,8 @@ def answer_table(question: Question, answer: Answer) -> Table:
     grid.add_section()
     grid.add_row("nodes", f"{len(question.machines.nodes)}, in {answer.num_groups} groups")
     hidden = "" if answer.hidden_load_s is None else f", hidden up to {_ms(answer.hidden_load_s)}"
+    if len(question.machines.nodes) < SPARE_FROM:
+        grid.add_row("  failover", "none: every layer has one node that can hold it; with two, one may fail")
     grid.add_row("a load", f"{_ms(max(steps.load_s))}{hidden}")
     grid.add_row("a layer of the server", _ms(steps.main_s))
     grid.add_row("an expert on a node", _ms(steps.expert_s))

@@ -21,19 +21,23 @@ NEAR_THE_END: Final = 0.25
 
 @dataclass(eq=False)
 class Job:
-    """One expert of one layer, on the node that was dealt it; its forecast gets there at `known_s`."""
+    """One expert of one layer, on the node that was dealt it; its forecast gets there at `known_s`. `work`: what it
+    takes to compute, as a multiple of one row."""
 
     known_s: float
     right: bool = True
     ready_s: float | None = None
+    work: float = 1.0
 
 
 class Turn(NamedTuple):
-    """A `share` of an expert's computing that can begin at `at_s`; all of it is in its slot at `loaded_s`."""
+    """A `share` of an expert's computing that can begin at `at_s`; all of it is in its slot at `loaded_s`, and it takes
+    `expert_s` in all."""
 
     at_s: float
     node: int
     loaded_s: float
+    expert_s: float
     share: float = 1.0
 
 
@@ -155,12 +159,13 @@ class Rig:
             if turn.share == 1.0:
                 waited_s = max(waited_s, turn.at_s - arrival_s[turn.node])
             if turn.at_s < turn.loaded_s:
-                end_s = self._run(turn, times.first_stage * times.expert_s)
+                end_s = self._run(turn, times.first_stage * turn.expert_s)
                 waited_s = max(waited_s, turn.at_s - arrival_s[turn.node] + turn.loaded_s - end_s)
-                rest = Turn(max(end_s, turn.loaded_s), turn.node, turn.loaded_s, 1 - times.first_stage)
+                begin_s = max(end_s, turn.loaded_s)
+                rest = Turn(begin_s, turn.node, turn.loaded_s, turn.expert_s, 1 - times.first_stage)
                 heapq.heappush(can_begin, rest)
                 continue
-            ends_s.append(self._run(turn, turn.share * times.expert_s, row_s=times.row_s))
+            ends_s.append(self._run(turn, turn.share * turn.expert_s, row_s=times.row_s))
             self.lanes[turn.node].free(ends_s[-1])
             if left[turn.node]:
                 heapq.heappush(can_begin, self._fetch(turn.node, left[turn.node], arrival_s[turn.node], times))
@@ -170,10 +175,11 @@ class Rig:
     def _fetch(self, node: int, jobs: deque[Job], now_s: float, times: Times) -> Turn:
         """When the node's next expert can be begun: when all of it is there, or as much as its first stage needs."""
         lane = self.lanes[node]
-        loaded_s = lane.fetch(jobs.popleft(), now_s)
+        job = jobs.popleft()
+        loaded_s, expert_s = lane.fetch(job, now_s), job.work * times.expert_s
         if not times.first_stage:
-            return Turn(loaded_s, node, loaded_s)
-        return Turn(max(now_s, loaded_s - (1 - times.first_stage) * lane.load_s), node, loaded_s)
+            return Turn(loaded_s, node, loaded_s, expert_s)
+        return Turn(max(now_s, loaded_s - (1 - times.first_stage) * lane.load_s), node, loaded_s, expert_s)
 
     def _run(self, turn: Turn, compute_s: float, *, row_s: float = 0.0) -> float:
         """Compute an expert, or a stage of it, on its node's core; returns when it is done."""

@@ -10,6 +10,8 @@ SHARES: Final = (0.15, 0.287, 0.5)
 GOAL_SHARE: Final = 0.287
 ALPHAS: Final = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 FEW_ALPHAS: Final = (0.25, 0.35, 0.6)
+# Timed on a server, which takes much longer than a replay.
+SERVED_ALPHAS: Final = (0.1, 0.25, 0.3, 0.35, 0.6)
 # At which the cumulative ablation and the alternatives are measured.
 GOAL_ALPHA: Final = 0.3
 LIKE_ALPHAS: Final = (0.3, 0.6)
@@ -19,6 +21,15 @@ WINDOWS: Final = (1, 2, 4, 8, 32, 64, 256)
 LRU: Final = "lru"
 IMPORTANCE: Final = "importance"
 LEARNED: Final = "importance-learned"
+# The paper's own prefetch, of top-score experts only; then the short cuts of its authors' code (`shortcuts`), each
+# alone and all at once, and whether substitution takes them.
+BESIDE: Final = {
+    "prefetch-top": (Features(eviction="score", prefetch=True, only_top=True), False),
+    "code-substitution": (Features(eviction="score"), True),
+    "code-prefetch": (Features(eviction="score", prefetch=True, fetches_one=True, only_top=True), False),
+    "code-eviction": (Features(eviction="lru", prefetch=True, only_top=True), False),
+    "code": (Features(eviction="lru", prefetch=True, fetches_one=True, only_top=True), True),
+}
 # Each with what came before it.
 ABLATION: Final = {
     LRU: Features(eviction="lru"),
@@ -48,6 +59,11 @@ def arms(*, batches: Sequence[int], quick: bool, like: LayerLikeness | None) -> 
             for batch in batches
             for alpha in LIKE_ALPHAS
         ]
+    found += [
+        Arm(policy=name, slots_share=GOAL_SHARE, batch=batch, alpha=GOAL_ALPHA, features=features, as_coded=as_coded)
+        for batch in batches
+        for name, (features, as_coded) in BESIDE.items()
+    ]
     if not quick:
         found += [_arm(_FORECAST, GOAL_SHARE, batch, 0.0, Features(eviction="forecast")) for batch in batches]
         found += [

@@ -31,10 +31,14 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What the device does beside loading on demand. `window`: steps over which scores are averaged."""
+    """What the device does beside loading on demand. `window`: steps over which scores are averaged. `fetches_one`: a
+    layer fetches one expert ahead, and only if it lacked one itself, as the SMoE authors' code has it; `only_top`:
+    top-score experts only are fetched ahead, as the paper has it."""
 
     eviction: PolicyName = "lru"
     prefetch: bool = False
+    fetches_one: bool = False
+    only_top: bool = False
     host: bool = False
     window: int = ImportanceOptions().window
 
@@ -73,7 +77,7 @@ class Device:
         self._arrives_s: dict[Key, float] = {}
         self._foreseen: dict[Key, int] = {}
         self._in_use: set[Key] = set()
-        self._is_prompt = False
+        self._is_prompt = self._lacked = False
 
     def gate(self, layer: int, mean_E: Sequence[float], *, is_prompt: bool = False) -> Collection[int]:
         """A gate has spoken: the mean scores of its rows. The layer's experts in slots, or on their way to one."""
@@ -97,6 +101,7 @@ class Device:
         late = [self._arrives_s[key] for key in here if self._arrives_s.get(key, 0.0) > began_s]
         self._arrives_s.clear()
         missing = {expert: score for expert, score in needed.items() if expert not in held}
+        self._lacked = bool(missing)
         load, host = self._split(missing)
         arrivals = sorted([*late, *(self._loaded_s() for _ in load)])
         done_s = began_s + self._times.expert_s * (len(here) - len(late))
@@ -120,7 +125,10 @@ class Device:
         chosen = {expert for choice in predicted for expert in choice.experts}
         self._foreseen = {Key(layer, expert): 1 for expert in chosen}
         if self._features.prefetch:
-            self._queue = [Key(layer, expert) for expert in to_fetch(predicted, at_hand=self._held[layer])]
+            wanted = to_fetch(predicted, at_hand=self._held[layer], only_top=self._features.only_top)
+            if self._features.fetches_one:
+                wanted = wanted[:1] if self._lacked else []
+            self._queue = [Key(layer, expert) for expert in wanted]
 
     def replaced(self, *, chosen: int, replaced: int) -> None:
         """So many choices of tokens, and how many of them others stood in for."""

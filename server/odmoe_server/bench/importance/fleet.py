@@ -5,15 +5,16 @@ reference, which runs as the gates say; each other arm has its own. A batch of o
 texts; a batch of all texts is one device. Knows no times and no text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from odmoe_server.bench.importance.device import Counts, Device, Features, Times
 from odmoe_server.bench.importance.lanes import Gated
+from odmoe_server.bench.importance.shortcuts import substitute_as_coded
 from odmoe_server.importance.substitution import Choice, Likeness
-from odmoe_server.importance.swapping import Routed, choices_of, serve
+from odmoe_server.importance.swapping import Routed, Served, choices_of, serve, swapped
 
 # (layer, replaced expert, its substitute) -> how like they are.
 LayerLikeness = Callable[[int, int, int], float]
@@ -21,7 +22,8 @@ LayerLikeness = Callable[[int, int, int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A line of the record. `like`: substitutes are picked by likeness instead of by score."""
+    """A line of the record. `like`: substitutes are picked by likeness instead of by score; `as_coded`: as the
+    authors' code picks them."""
 
     policy: str
     slots_share: float
@@ -29,6 +31,7 @@ class Arm:
     alpha: float
     features: Features
     like: LayerLikeness | None = field(default=None, compare=False)
+    as_coded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +95,7 @@ class Fleet:
             at_hand = unit.device.gate(gated.layer, _mean(scores[rows]))
             experts, replaced = gates[rows], 0
             if unit.arm.alpha > 0:
-                (served,) = serve(
-                    [_routed(gated, rows, unit.arm.alpha)],
-                    at_hand=at_hand,
-                    normalised=self._normalised,
-                    likeness=_of_layer(unit.arm.like, gated.layer),
-                )
+                served = self._served(unit.arm, gated, rows, at_hand)
                 replaced = served.num_substituted
                 if replaced:
                     index_TK[rows], weight_TK[rows] = served.index_TK, served.weight_TK
@@ -107,6 +105,15 @@ class Fleet:
             if gated.ahead is not None and (unit.arm.features.prefetch or unit.arm.features.eviction == "forecast"):
                 unit.device.foresee(gated.layer + 1, _ahead(gated, rows, unit.arm.alpha))
         return index_TK, weight_TK
+
+    def _served(self, arm: Arm, gated: Gated, rows: slice, at_hand: Collection[int]) -> Served:
+        routed = _routed(gated, rows, arm.alpha)
+        if arm.as_coded:
+            swaps = substitute_as_coded(choices_of(routed), at_hand=at_hand)
+            return swapped(routed, tuple(swaps), self._normalised)
+        likeness = _of_layer(arm.like, gated.layer)
+        (served,) = serve([routed], at_hand=at_hand, normalised=self._normalised, likeness=likeness)
+        return served
 
 
 def _of_layer(like: LayerLikeness | None, layer: int) -> Likeness | None:

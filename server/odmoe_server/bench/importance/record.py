@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from odmoe_server.bench.importance.arms import GOAL_SHARE, IMPORTANCE, LEARNED, LIKE_ALPHAS
+from odmoe_server.bench.importance.arms import GOAL_ALPHA, GOAL_SHARE, IMPORTANCE, LEARNED, LIKE_ALPHAS
 from odmoe_server.bench.importance.measure import FINE_NAME, HOST_RATIO, LOAD_RATIO, Findings
 from odmoe_server.bench.importance.rows import REPLAYED, Row
 from odmoe_server.bench.record import Column, Machine, Record
@@ -64,9 +64,14 @@ def _notes(findings: Findings) -> list[str]:
     rows = findings.rows
     return [
         "policies, each with what is above it: lru; eviction by mean score (eq. 3); substitution; prefetch of the next "
-        "layer's predicted top-score experts (its gate on this layer's rows); importance: all that and a part of the "
+        "layer's predicted experts, its gate being asked about this layer's rows: top-score ones, then those that "
+        "could not be replaced; importance: all that and a part of the "
         "missing experts computed on the host (Algorithm 2). lfu, forecast: other evictions. "
         "importance-learned: substitutes picked by learned likeness of outputs instead of by score",
+        "prefetch-top: as prefetch, but of top-score experts only, as the paper has it; "
+        "short cuts of the SMoE authors' code: code-substitution beside substitution (never the (k+1)-th expert, and "
+        "substitutes by index instead of best score first), code-prefetch beside prefetch-top (one expert a layer, and "
+        "only where the layer lacked one), code-eviction beside prefetch-top (least recently used), code: all three",
         "hit rate: experts in a slot when the gate asks, over experts needed, each counted once a layer and step; what "
         "the host computes, or what is still on its way, is no hit",
         f"{REPLAYED}: in one process with the server's own rules on one device's slots. Hits, bytes and quality are "
@@ -75,6 +80,7 @@ def _notes(findings: Findings) -> list[str]:
         f"times the layer, one after the other, and a host on which an expert takes {HOST_RATIO:g} times a load",
         *(_of_models(findings)),
         *(_goals(rows)),
+        *(_price_of_prefetch(rows)),
         *(_likeness(rows)),
         *(str(note) for note in findings.served_facts.get("notes", ())),  # type: ignore[attr-defined]
     ]
@@ -115,6 +121,22 @@ def _goals(rows: Iterable[Row]) -> list[str]:
                 text += f", {words} {_span(same, field)} %"
         texts.append(text)
     return texts
+
+
+def _price_of_prefetch(rows: Iterable[Row]) -> list[str]:
+    """Why the whole may hit less than its parts."""
+    rate = {
+        (row.model, row.batch, row.policy): 100 * row.hit_rate
+        for row in rows
+        if _is_beside_learned(row) and row.alpha == GOAL_ALPHA
+    }
+    return [
+        f"{model}, batch {batch}, alpha {GOAL_ALPHA:g}: hit rate {rate[model, batch, 'substitution']:.1f} % without "
+        f"prefetch, {rate[model, batch, 'prefetch']:.1f} % with it and {rate[model, batch, 'prefetch-top']:.1f} % with "
+        "that of top-score experts only: what is fetched in vain takes a slot, and what is still on its way is no hit"
+        for model, batch, policy in rate
+        if policy == "substitution"
+    ]
 
 
 def _likeness(rows: Iterable[Row]) -> list[str]:

@@ -61,7 +61,7 @@ def replayed_row(model: str, arm: Arm, counts: Counts, *, record_bytes: int, num
         slots=round(arm.slots_share * num_experts),
         batch=arm.batch,
         alpha=arm.alpha,
-        window=None if arm.policy in (LRU, "lfu") else arm.features.window,
+        window=None if arm.features.eviction in ("lru", "lfu") else arm.features.window,
         hit_rate=counts.hits / counts.needed,
         host_share=counts.on_host / counts.needed,
         substituted=counts.replaced / counts.chosen,

@@ -13,7 +13,7 @@ import httpx
 
 from odmoe_model.manifest import Manifest, read_manifest
 from odmoe_server.bench.cluster import ANSWER_S, BenchError, Running, running
-from odmoe_server.bench.importance.arms import ALPHAS, FEW_ALPHAS, GOAL_ALPHA, GOAL_SHARE, IMPORTANCE, LRU
+from odmoe_server.bench.importance.arms import GOAL_ALPHA, GOAL_SHARE, IMPORTANCE, LRU, SERVED_ALPHAS
 from odmoe_server.bench.importance.questions import QUESTIONS
 from odmoe_server.bench.importance.rows import SERVED, Row, compare
 from odmoe_server.bench.pinning import Cores
@@ -42,17 +42,36 @@ class Timed:
 
     decoded: Reading
     first_s: float
-    texts: list[str]
+    answers: list["Answered"]
 
     @property
     def tpot_ms(self) -> float:
         """Mean time between two tokens of a sequence."""
         return 1e3 * self.decoded.between_s / self.decoded.between_tokens
 
+    @property
+    def texts(self) -> list[str]:
+        """Of the answers."""
+        return [answer.text for answer in self.answers]
+
+    @property
+    def substituted(self) -> float:
+        """Share of the experts that tokens needed, of all requests, for which others stood in."""
+        return sum(one.substituted for one in self.answers) / sum(one.activations for one in self.answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One request's text, and what its `expert_stats` say."""
+
+    text: str
+    activations: int
+    substituted: int
+
 
 def setups(*, quick: bool) -> list[Setup]:
-    """The cumulative ablation at the goal's alpha, and the whole at every alpha."""
-    alphas = (0.0, *(FEW_ALPHAS if quick else ALPHAS))
+    """The cumulative ablation at the goal's alpha, and the whole at several; with `quick` the whole at the goal's."""
+    alphas = (0.0, *((GOAL_ALPHA,) if quick else SERVED_ALPHAS))
     whole = Setup(settings={**_COMMON, "cpu_share": True}, asked=[(IMPORTANCE, alpha) for alpha in alphas])
     lru = Setup(settings={"predictor": False, "slot_mode": "lru"}, asked=[(LRU, 0.0)])
     if quick:
@@ -101,29 +120,30 @@ def time_batch(roles: Running, *, batch: int, tokens: int, alpha: float | None) 
     before = roles.settled()
     ask(roles, prompts, tokens=1, alpha=alpha)
     between = roles.settled()
-    texts = ask(roles, prompts, tokens=tokens, alpha=alpha)
+    answers = ask(roles, prompts, tokens=tokens, alpha=alpha)
     after = roles.settled()
     whole = after.since(between)
     return Timed(
         decoded=decoding(whole, prompt_only=between.since(before)),
         first_s=whole.first_s / whole.first_tokens,
-        texts=texts,
+        answers=answers,
     )
 
 
-def ask(roles: Running, prompts: Sequence[str], *, tokens: int, alpha: float | None) -> list[str]:
+def ask(roles: Running, prompts: Sequence[str], *, tokens: int, alpha: float | None) -> list[Answered]:
     """Greedy answers of so many tokens to all prompts at once. Raises BenchError."""
     with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
         return list(pool.map(lambda prompt: _answer(roles, prompt, tokens=tokens, alpha=alpha), prompts))
 
 
-def _answer(roles: Running, prompt: str, *, tokens: int, alpha: float | None) -> str:
+def _answer(roles: Running, prompt: str, *, tokens: int, alpha: float | None) -> Answered:
     body: dict[str, Any] = {
         "model": NAME,
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": tokens,
         "ignore_eos": True,
+        "return_expert_stats": True,
     }
     if alpha is not None:
         body["expert_substitution"] = alpha
@@ -133,7 +153,13 @@ def _answer(roles: Running, prompt: str, *, tokens: int, alpha: float | None) ->
         raise BenchError(f"the server did not answer: {error!r}") from error
     if response.status_code != httpx.codes.OK:
         raise BenchError(f"the server refused: {response.text}")
-    return str(response.json()["choices"][0]["message"]["content"])
+    answer = response.json()
+    stats = answer["expert_stats"]
+    return Answered(
+        text=str(answer["choices"][0]["message"]["content"]),
+        activations=int(stats["activations"]),
+        substituted=int(stats["substituted"]),
+    )
 
 
 def _settings(store: Path, more: Mapping[str, Any], *, link_gbps: float, slots: int) -> ServeSettings:
@@ -162,6 +188,7 @@ def _row(name: str, policy: str, alpha: float, batch: int, timed: Timed, manifes
         batch=batch,
         alpha=alpha,
         hit_rate=did.hit / did.activations,
+        substituted=timed.substituted,
         bytes_per_token=did.loads * manifest.record_bytes / did.between_tokens,
         tpot_ms=timed.tpot_ms,
         ttft_ms=1e3 * timed.first_s,
