@@ -138,7 +138,8 @@ class EmulatedBank:
         except BrokenOffError:
             self.break_off(slot)
             raise
-        return self.finish(slot)
+        self.finish(slot)
+        return self._clock() - self._loads[slot].began_s
 
     def begin(self, slot: int, layer: int, expert: int) -> None:
         """See `TimedSlots.begin`."""
@@ -163,7 +164,7 @@ class EmulatedBank:
         load = self._loads[slot]
         self._slots[slot] = load.fields  # not before: not all is there until the link has brought it
         self._arrivals[slot].end(is_whole=True)
-        return self._clock() - load.began_s
+        return load.end_s - load.began_s
 
     def break_off(self, slot: int) -> float:
         """See `TimedSlots.break_off`."""

@@ -27,7 +27,8 @@ class TimedSlots(Protocol):
         ...
 
     def finish(self, slot: int) -> float:
-        """The load has ended: the slot holds the record from now on. Returns the seconds it took."""
+        """The load has ended: the slot holds the record from now on. Returns the seconds it took, however long ago it
+        ended."""
         ...
 
     def break_off(self, slot: int) -> float:

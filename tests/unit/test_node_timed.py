@@ -42,7 +42,7 @@ def test_a_load_ends_when_the_link_has_brought_it_and_is_told_once(rig: Rig) -> 
     rig.now += 0.2
     event = rig.loads.take()
     assert isinstance(event, LoadDone)
-    assert (event.slot, event.load_s) == (0, pytest.approx(0.6))
+    assert (event.slot, event.load_s) == (0, pytest.approx(LOAD_S))
     assert event.ended_s == pytest.approx(100.5), "when it ended, not when somebody asked"
     assert rig.loads.take() is None
     assert rig.loads.left_s() is None
