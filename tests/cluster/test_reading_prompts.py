@@ -94,7 +94,7 @@ def test_echo_with_logprobs_as_lm_eval_asks(served: Served, reference: Any, max_
     fields = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": max_tokens, "seed": 1234, "stream": stream}
     answer = served.complete(**fields)
     if stream:
-        chunks = [chunk["choices"][0] for chunk in events(answer.content)[:-1]]
+        chunks = [chunk["choices"][0] for chunk in events(answer.content) if isinstance(chunk, dict)]
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         logprobs = {name: [entry for chunk in chunks for entry in chunk["logprobs"][name]] for name in names}
         text = "".join(chunk["text"] for chunk in chunks)
@@ -148,7 +148,8 @@ def test_a_prompt_that_is_read_is_computed_anew(served: Served) -> None:
 def test_routed_experts_are_what_the_gates_choose(served: Served, reference: Any, stream: bool) -> None:
     fields = {"max_tokens": 5, "return_routed_experts": True, "return_token_ids": True, "stream": stream}
     answer = served.complete(**fields)
-    choices = [part["choices"][0] for part in (events(answer.content)[:-1] if stream else [answer.json()])]
+    parts = events(answer.content) if stream else [answer.json()]
+    choices = [part["choices"][0] for part in parts if isinstance(part, dict)]
     assert choices[0]["prompt_token_ids"] == words(PROMPT)
     ids = choices[0]["prompt_token_ids"] + [token_id for choice in choices for token_id in choice.get("token_ids", [])]
     assert [choice for choice in choices if "routed_experts" in choice] == choices[-1:]
@@ -177,7 +178,8 @@ def test_token_ids_are_those_that_usage_counts(served: Served) -> None:
     short = request(served.app, "POST", CHAT, json=asked).json()
     ids = short["choices"][0]["token_ids"]
     assert (ids[-1], len(ids)) == (ended_by, short["usage"]["completion_tokens"])
-    chunks = events(request(served.app, "POST", CHAT, json={**asked, "stream": True}).content)[:-1]
+    parts = events(request(served.app, "POST", CHAT, json={**asked, "stream": True}).content)
+    chunks = [part for part in parts if isinstance(part, dict)]
     assert [chunk.get("prompt_token_ids") for chunk in chunks] == [whole["prompt_token_ids"]] + [None] * (
         len(chunks) - 1
     )
