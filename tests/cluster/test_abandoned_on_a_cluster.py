@@ -4,7 +4,6 @@ Real routes and sockets, real nodes and predictor, a tiny model.
 """
 
 import asyncio
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from odmoe_model.store import ExpertStore
 from odmoe_server.engine.build import EngineOptions
 from odmoe_server.limits import ServiceLimits
+from support.abandoning import aborted_total, ask_and_leave, crowd
 from support.cluster import LocalCluster, local_cluster
 from support.http_app import MODEL, app_of, asking
-from support.http_served import DEADLINE_S, running_app, until
+from support.http_served import running_app, until
 from support.scripted_engine import tiny_tokenizer
 from support.stores import tiny_store
 
@@ -32,20 +32,18 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-async def abandon(host: str, port: int, number: int) -> None:
+async def abandon(url: str, number: int) -> None:
     """Ask, wait for the first of the answer or, where it comes whole, a little, and hang up."""
     path, body = REQUESTS[number % len(REQUESTS)]
     stream = number // len(REQUESTS) % 2 == 0
-    content = json.dumps({**body, "stream": stream}).encode()
-    reader, writer = await asyncio.open_connection(host, port)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
-    await writer.drain()
-    if stream:
-        await reader.readuntil(b"data: ")
-    else:
-        await asyncio.sleep(0.05 * (number % 7))
-    writer.transport.abort() if number % 3 == 0 else writer.close()
+
+    async def wait(reader: asyncio.StreamReader) -> None:
+        if stream:
+            await reader.readuntil(b"data: ")
+        else:
+            await asyncio.sleep(0.05 * (number % 7))
+
+    await ask_and_leave(url, path, {**body, "stream": stream}, wait=wait, by_reset=number % 3 == 0)
 
 
 def is_left(cluster: LocalCluster) -> bool:
@@ -71,13 +69,7 @@ def test_nothing_is_left_of_two_hundred_clients_that_went_away(tmp_path: Path) -
         local_cluster(store, tmp_path, slots=4, options=options) as cluster,
         running_app(app_of(cluster.engine, limits=limits)) as server,  # type: ignore[arg-type]
     ):
-        host, port = server.url.removeprefix("http://").split(":")
-
-        async def crowd() -> None:
-            async with asyncio.timeout(DEADLINE_S):
-                await asyncio.gather(*(abandon(host, int(port), number) for number in range(NUM_CLIENTS)))
-
-        asyncio.run(crowd())
+        crowd(lambda number: abandon(server.url, number), number=NUM_CLIENTS)
         begun_s = time.monotonic()
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=asking(max_tokens=3), timeout=AT_ONCE_S)
         assert answer.json()["usage"]["completion_tokens"] == 3
@@ -89,5 +81,4 @@ def test_nothing_is_left_of_two_hundred_clients_that_went_away(tmp_path: Path) -
             node.agent.state.check_integrity()
         assert cluster.engine.health().generation_tokens_total == said < NUM_CLIENTS * ENDLESS / 4
         assert cluster.engine.health().failures_total == 0
-    aborted = [line for line in page.splitlines() if line.startswith("odmoe:request_success_total") and "abort" in line]
-    assert sum(float(line.rpartition(" ")[2]) for line in aborted) >= NUM_CLIENTS / 2
+    assert aborted_total(page) >= NUM_CLIENTS / 2

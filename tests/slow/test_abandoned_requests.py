@@ -1,7 +1,6 @@
 """Two hundred clients that go away half-way: the server still answers at once, and nothing of theirs is left."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ import httpx
 import pytest
 
 from odmoe_server.engine_api import Finished, GenerationRequest, Token
+from support.abandoning import aborted_total, ask_and_leave, crowd
 from support.http_app import MODEL, asking
-from support.http_served import DEADLINE_S, running, until
+from support.http_served import running, until
 from support.scripted_engine import ScriptedEngine, words
 
 pytestmark = pytest.mark.slow
@@ -47,34 +47,24 @@ class EndlessEngine(ScriptedEngine):
             self.open_generators -= 1
 
 
-async def abandon(host: str, port: int, number: int) -> None:
+async def abandon(url: str, number: int) -> None:
     """Ask, wait a little or for the first bytes, and hang up."""
     path, body = REQUESTS[number % len(REQUESTS)]
     stream = number % 2 == 0
-    content = json.dumps({**body, "stream": stream}).encode()
-    reader, writer = await asyncio.open_connection(host, port)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
-    await writer.drain()
-    if stream:
-        assert b"200 OK" in await reader.read(500)
-    else:
-        await asyncio.sleep(0.02 * (number % 7))
-    writer.close()
-    if number % 3 == 0:
-        writer.transport.abort()  # a reset, in place of a farewell
+
+    async def wait(reader: asyncio.StreamReader) -> None:
+        if stream:
+            assert b"200 OK" in await reader.read(500)
+        else:
+            await asyncio.sleep(0.02 * (number % 7))
+
+    await ask_and_leave(url, path, {**body, "stream": stream}, wait=wait, by_reset=number % 3 == 0)
 
 
 def test_nothing_is_left_of_clients_that_went_away() -> None:
     engine = EndlessEngine()
     with running(engine) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-
-        async def crowd() -> None:
-            async with asyncio.timeout(DEADLINE_S):
-                await asyncio.gather(*(abandon(host, int(port), number) for number in range(NUM_CLIENTS)))
-
-        asyncio.run(crowd())
+        crowd(lambda number: abandon(server.url, number), number=NUM_CLIENTS)
         begun_s = time.monotonic()
         for method, path, body in (
             ("GET", "/health", None),
@@ -88,5 +78,4 @@ def test_nothing_is_left_of_clients_that_went_away() -> None:
         time.sleep(0.05)
         assert engine.tokens_said == said
         page = httpx.get(f"{server.url}/metrics", timeout=AT_ONCE_S).text
-    aborted = [line for line in page.splitlines() if line.startswith("odmoe:request_success_total") and "abort" in line]
-    assert sum(float(line.rpartition(" ")[2]) for line in aborted) >= NUM_CLIENTS / 2
+    assert aborted_total(page) >= NUM_CLIENTS / 2

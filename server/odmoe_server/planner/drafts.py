@@ -150,14 +150,7 @@ class _Run:
 
     def decoded(self, tokens: int) -> Decoded:
         """What came of it."""
-        lanes = self._rig.lanes
-        return Decoded(
-            ends_s=tuple(self.ends_s[:tokens]),
-            stalled_s=self._rig.stalled_s,
-            loads=sum(lane.loads for lane in lanes),
-            reloads=sum(lane.reloads for lane in lanes),
-            broken_off=sum(lane.broken_off for lane in lanes),
-        )
+        return Decoded.by(self._rig, self.ends_s[:tokens])
 
     def _announce(self, at: int, *, known_by_s: float) -> None:
         """Queue the jobs of the step that begins with a position at their nodes, in the order in which they are

@@ -6,6 +6,7 @@ a cache. What a shadow that ran ahead on a wrong
 token had ordered is void at once and costs nothing: its loads are broken off when others are needed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -25,6 +26,17 @@ class Decoded:
     loads: int
     reloads: int
     broken_off: int
+
+    @classmethod
+    def by(cls, rig: Rig, ends_s: Iterable[float]) -> "Decoded":
+        """What the rig has come to."""
+        return cls(
+            ends_s=tuple(ends_s),
+            stalled_s=rig.stalled_s,
+            loads=sum(lane.loads for lane in rig.lanes),
+            reloads=sum(lane.reloads for lane in rig.lanes),
+            broken_off=sum(lane.broken_off for lane in rig.lanes),
+        )
 
     @property
     def tokens_per_s(self) -> float:
@@ -106,14 +118,7 @@ class _Run:
 
     def decoded(self) -> Decoded:
         """What came of it."""
-        lanes = self._rig.lanes
-        return Decoded(
-            ends_s=tuple(self._ends_s),
-            stalled_s=self._rig.stalled_s,
-            loads=sum(lane.loads for lane in lanes),
-            reloads=sum(lane.reloads for lane in lanes),
-            broken_off=sum(lane.broken_off for lane in lanes),
-        )
+        return Decoded.by(self._rig, self._ends_s)
 
 
 def deal(crew: Crew, *, layers: int, top_k: int) -> list[list[int]]:
