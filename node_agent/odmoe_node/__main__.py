@@ -4,14 +4,13 @@ import signal
 import sys
 
 import torch
-import zmq
 from rich.console import Console
 
 from odmoe_node.build import build_agent
 from odmoe_node.config import NodeSettings
 from odmoe_node.driver import RefusedError
 from odmoe_node.identity import DefaultName
-from odmoe_wire import logs
+from odmoe_wire import endpoints, logs
 from odmoe_wire.lifeline import end_with_parent, settle_heap
 from odmoe_wire.settings import parse, table
 
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(settings: NodeSettings) -> int:
     default = None if settings.node_id else DefaultName(settings.store)
     node_id = settings.node_id or (default.name if default else "")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context = endpoints.context(num_links=2)
     try:
         agent = build_agent(settings, node_id=node_id, context=context)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -51,7 +51,7 @@ def build_agent(settings: NodeSettings, *, node_id: str, context: "zmq.Context[z
     )
     keys = CurveKeys.load(settings.keys_dir, name=node_id) if settings.keys_dir else None
 
-    def connect(endpoint: str, peer: str) -> DealerLink:
+    def connect(endpoint: str, peer: str, io_thread: int) -> DealerLink:
         return DealerLink.connect(
             endpoint,
             identity=node_id,
@@ -60,12 +60,13 @@ def build_agent(settings: NodeSettings, *, node_id: str, context: "zmq.Context[z
             accept=ToNode,
             limits=limits_of(store.manifest),
             keys=keys,
+            io_thread=io_thread,
         )
 
     with ExitStack() as on_error:
-        server = connect(settings.server_endpoint, SERVER)
+        server = connect(settings.server_endpoint, SERVER, 0)
         on_error.callback(server.close)
-        predictor = connect(settings.predictor_endpoint, PREDICTOR) if settings.predictor_endpoint else None
+        predictor = connect(settings.predictor_endpoint, PREDICTOR, 1) if settings.predictor_endpoint else None
         on_error.pop_all()
     load_us = try_load_us(bank) if settings.link_gbps is None else _load_us(bank, link_gbps=settings.link_gbps)
     return NodeAgent(

@@ -32,6 +32,11 @@ def is_local(endpoint: str) -> bool:
         return host == "localhost"
 
 
+def context(*, num_links: int) -> "zmq.Context[zmq.Socket[bytes]]":
+    """For a process with so many links: an I/O thread for each, see `DealerLink.connect`."""
+    return zmq.Context(num_links)
+
+
 def require_keys(endpoint: str, *, has_keys: bool) -> None:
     """Raise `EndpointError` when other hosts could reach the endpoint and there are no keys."""
     if not has_keys and not is_local(endpoint):

@@ -177,10 +177,16 @@ class _ZmqLink(CheckedLink):
 
 
 class RouterLink(_ZmqLink):
-    """The side that binds and has many peers, each under the name it connected with."""
+    """The side that binds and has many peers: each under the name it connected with or, with keys, under that of its
+    key, whatever it calls itself. Then it is reached where its latest message came from, and before its first one
+    nowhere; nobody can take the way to another."""
 
     endpoint: str
     _gatekeeper: Gatekeeper | None = None
+
+    def __init__(self, socket: "zmq.Socket[bytes]", *, decoder: Decoder) -> None:
+        super().__init__(socket, decoder=decoder)
+        self._routes: dict[str, bytes] = {}  # no more than there are keys
 
     @classmethod
     def bind(
@@ -201,10 +207,12 @@ class RouterLink(_ZmqLink):
         link = cls(socket, decoder=Decoder(accept=accept, limits=limits))
         try:
             endpoints.configure(socket, endpoint, hwm=hwm, limits=limits)
+            socket.affinity = 1  # the first I/O thread, where no name is looked up that matters to others
             socket.router_mandatory = True
-            socket.router_handover = True
             if keys is not None:
                 link._admit_only(keys, context)
+            else:
+                socket.router_handover = True  # a peer that comes back is not to wait for its old connection's end
             link.endpoint = endpoints.bind(socket, endpoint)
         except (zmq.ZMQError, ValueError):
             link.close()
@@ -230,15 +238,21 @@ class RouterLink(_ZmqLink):
         self._socket.zap_domain = ZAP_DOMAIN.encode()
 
     def _addressed(self, peer: str, frames: list[Frame]) -> list[Frame]:
-        return [peer.encode(), *frames]
+        if self._gatekeeper is None:
+            return [peer.encode(), *frames]
+        if peer not in self._routes:
+            raise PeerGone(f"{peer}: not heard of yet")
+        return [self._routes[peer], *frames]
 
     def _sender(self, frames: list[zmq.Frame]) -> str:
-        peer = frames.pop(0).bytes.decode("ascii", "replace")
+        route = frames.pop(0)
+        if self._gatekeeper is None:
+            peer = route.bytes.decode("ascii", "replace")
+        else:
+            peer = str(route.get("User-Id"))
+            self._routes[peer] = route.bytes
         if not is_peer_id(peer):
             raise ProtocolError("the peer gave no proper id")
-        # With keys, the authenticated name of the connection is the only one it may speak under.
-        if self._gatekeeper is not None and frames and frames[0].get("User-Id") != peer:
-            raise ProtocolError(f"the key of {frames[0].get('User-Id')!r} was used by {peer!r}")
         return peer
 
 
@@ -259,9 +273,15 @@ class DealerLink(_ZmqLink):
         limits: Limits,
         keys: CurveKeys | None = None,
         hwm: int = DEFAULT_HWM,
+        io_thread: int = 0,
     ) -> "DealerLink":
-        """Connect under the name `identity` to the side called `peer`, which need not be there yet: while it
-        is not, `send` raises `PeerGone`. Raises ValueError (bad identity), `EndpointError` or `KeysError`."""
+        """Connect under the name `identity`, which with keys is the key's, to the side called `peer`, which need not
+        be there yet: while it is not, `send` raises `PeerGone`. Raises ValueError (bad identity), `EndpointError` or
+        `KeysError`.
+
+        libzmq looks a host's name up in the I/O thread, and where nobody answers that takes seconds in which every
+        link of that thread stands still. So each link of a process has an `io_thread` of its own, as far as the
+        context (`endpoints.context`) has them."""
         if not is_peer_id(identity):
             raise ValueError(f"{identity!r} cannot name a peer: use 1 to 64 letters, digits, '.', '_' or '-'")
         endpoints.require_keys(endpoint, has_keys=keys is not None)
@@ -272,9 +292,11 @@ class DealerLink(_ZmqLink):
         link._peer = peer
         try:
             endpoints.configure(socket, endpoint, hwm=hwm, limits=limits)
-            socket.routing_id = identity.encode()
+            socket.affinity = 1 << io_thread % int(context.get(zmq.IO_THREADS))
             socket.immediate = True
-            if keys is not None:
+            if keys is None:
+                socket.routing_id = identity.encode()
+            else:
                 socket.curve_serverkey = keys.public_key_of(peer)
                 socket.curve_publickey = keys.public
                 socket.curve_secretkey = keys.secret

@@ -29,6 +29,7 @@ from rich.table import Table
 EXIT_USAGE: Final = 2
 # What a flag's value is, by the unit that ends its name; else by its type.
 _UNITS = {
+    "_per_s": "X",
     "_s": "SECONDS",
     "_ms": "MILLISECONDS",
     "_mb": "MB",
@@ -138,6 +139,12 @@ def table(settings: RoleSettings, *, title: str) -> Table:
     return grid
 
 
+def summary(settings: RoleSettings, *, prog: str) -> str:
+    """What differs from the defaults, in a line, for who starts `prog` by hand and did not ask for a table."""
+    given = [f"{s.name} {s.value} ({s.source})" for s in describe(settings) if s.source != "default"]
+    return f"{prog}: {', '.join(given) or 'no setting given'}; everything else as {prog} --help says"
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting and says what was probably meant."""
 
@@ -151,7 +158,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_argument(parser: argparse.ArgumentParser, *flags: str, **options: Any) -> argparse.Action:
     """Called by pydantic-settings for each field: says what kind of value is meant in place of its Python type."""
-    options["help"] = str(options.get("help", "")).replace(" (default: None)", "")
+    options["help"] = str(options.get("help", "")).replace(" (default: None)", "").replace(" (default: ())", "")
     if "metavar" in options and "choices" not in options:
         options["metavar"] = _metavar(flags[-1].lstrip("-").replace("-", "_"), str(options["metavar"]))
     return parser.add_argument(*flags, **options)

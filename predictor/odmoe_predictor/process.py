@@ -21,6 +21,7 @@ from odmoe_predictor.rivals.base import Rival
 from odmoe_predictor.rivals.build import make_rival
 from odmoe_predictor.shadow import Shadow
 from odmoe_predictor.switchboard import SERVER, FromNode, FromServer, RefusedError
+from odmoe_wire import endpoints
 from odmoe_wire.checks import Limits
 from odmoe_wire.endpoints import EndpointError
 from odmoe_wire.keys import CurveKeys, KeysError
@@ -73,7 +74,7 @@ def _run(settings: PredictorSettings, console: Console) -> None:
         num_experts=store.manifest.num_experts,
         hidden_size=store.manifest.hidden_size,
     )
-    with zmq.Context() as context:
+    with endpoints.context(num_links=2) as context:
         server, nodes = _links(settings, limits, context)
         try:
             forecaster = _load(settings, store)
@@ -112,6 +113,7 @@ def _links(
             accept=FromServer,
             limits=limits,
             keys=keys,
+            io_thread=1,
         )
     except (EndpointError, KeysError):
         nodes.close()
