@@ -294,13 +294,13 @@ class NodeAgent:
             if peer.session.is_joined and not was_joined:
                 log.info("%s is connected to the %s", self._hello.peer_id, peer.name)
             if peer is self._server:
-                self._from_server(received, now)
+                self._from_server(received, now, was_joined=was_joined)
             else:
                 self._from_predictor(received, now)
         self._wake.set()  # there may be more
         return True
 
-    def _from_server(self, received: Received, now: float) -> None:
+    def _from_server(self, received: Received, now: float, *, was_joined: bool) -> None:
         message = received.message
         match message:
             case Compute():
@@ -308,7 +308,8 @@ class NodeAgent:
             case Welcome() | View() | Load() | Release() | Cancel() | Withdraw():
                 self._do(Told(message, received.epoch), now)
             case Bye(reason=reason):
-                log.warning("the server says bye: %s", reason)
+                # To whom it does not know it says so at every message.
+                log.log(logging.WARNING if was_joined else logging.DEBUG, "the server says bye: %s", reason)
                 self._do(ServerLost(), now)
             case Refused(reason=reason):
                 raise RefusedError(reason)

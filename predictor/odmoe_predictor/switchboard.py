@@ -186,14 +186,16 @@ class Switchboard:
                     log.info("connected to the server as %s", self._hello.peer_id)
                     self._pace = welcome
             case View() as view:
+                if (view, received.epoch) != (self._view, self.epoch):  # else it was only said again
+                    self._sharing.clear()
                 self._view, self.epoch = view, received.epoch
-                self._sharing.clear()
             case Start() | Align() | Routed() | End() as message:
                 self._order(message, received.blobs)
             case Refused(reason=reason):
                 raise RefusedError(reason)
             case Bye(reason=reason):
-                log.warning("the server says bye: %s", reason)
+                # To whom it does not know it says so at every message.
+                log.log(logging.WARNING if was_joined else logging.DEBUG, "the server says bye: %s", reason)
                 self._rejoin(now)
             case ProtocolErrorNotice(reason=reason):
                 log.warning("the server did not accept a message: %s", reason)
@@ -247,6 +249,7 @@ class Switchboard:
         self._mailbox.forget_all()
         self._hello = msgspec.structs.replace(self._hello, incarnation=self._draw_incarnation())
         self._session.rejoin(now)
+        self._sharing.clear()
         self._troubled = False
         self._last_birth_s = now
 

@@ -70,7 +70,8 @@ class _Campaign:
             await self.cluster.whole()
         finally:
             self.over = True
-            watching.cancel()
+            for task in (watching, *self._under_way.values()):  # one that failed must leave none to start a process
+                task.cancel()
             await asyncio.gather(*asking)
 
     async def _do_all(self) -> None:

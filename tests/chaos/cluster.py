@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,13 +22,20 @@ from odmoe_wire.keys import make
 
 READY_S: Final = 120.0
 _PROBE_S: Final = 0.1
+_GIVEN_OUT: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")  # to who asks for any port
+_MOST_PORTS: Final = 100
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
-    with closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """One that nobody listens on now, and that the kernel gives nobody: while the server is gone, a connection of
+    anyone's would else be given its port, and even one to that port itself."""
+    lowest, highest = 10_000, int(_GIVEN_OUT.read_text().split()[0]) if _GIVEN_OUT.exists() else 32_768
+    for _ in range(_MOST_PORTS):
+        port = random.SystemRandom().randrange(lowest, highest)
+        with closing(socket.socket()) as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port is free between {lowest} and {highest}")
 
 
 @dataclass
@@ -77,11 +84,16 @@ class Cluster:
     async def whole(self) -> None:
         """Wait until everyone takes part. Raises TimeoutError."""
         everyone = {"predictor", *self.nodes}
+        others = [self.processes.of[name] for name in everyone]
         health: dict[str, Any] = {}
         async with httpx.AsyncClient(base_url=self.url, trust_env=False) as http:
             try:
                 async with asyncio.timeout(READY_S):
-                    while health.get("state") != "ready" or everyone - _alive(health):
+                    while not (
+                        health.get("state") == "ready"
+                        and everyone <= _alive(health)
+                        and all(process.has_joined or process.is_away for process in others)
+                    ):
                         self._look_for_the_dead()
                         await asyncio.sleep(_PROBE_S)
                         health = await _health(http)
@@ -91,7 +103,7 @@ class Cluster:
     def _look_for_the_dead(self) -> None:
         """Nobody ends by itself."""
         for process in self.processes.of.values():
-            if process.exit_code is not None and not process.is_away:
+            if not process.is_away and process.exit_code is not None:
                 raise AssertionError(f"{process.name} ended with {process.exit_code}; see {process.log}")
 
     async def befall(self, fault: Fault) -> None:
@@ -110,7 +122,7 @@ class Cluster:
             return
         process.is_away = True
         process.send(signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
-        await asyncio.to_thread(process.join)
+        await process.ended()
         if fault.kind == "restart" and process.exit_code != 0:
             raise AssertionError(f"{process.name} ended with {process.exit_code} when told to; see {process.log}")
         await asyncio.sleep(fault.hold_s)

@@ -58,7 +58,7 @@ class Ledger:
         next_alone_s = min((h.began_s for h in self.happened if h.fault.is_alone and h.began_s > from_s), default=inf)
         longest_s = 0.0
         for before_s, after_s in zip(self.token_s, self.token_s[1:], strict=False):
-            if after_s >= from_s and before_s <= until_s and not before_s <= next_alone_s <= after_s:
+            if after_s >= from_s and before_s <= until_s and after_s < next_alone_s:
                 longest_s = max(longest_s, after_s - max(before_s, from_s if gone else before_s))
         return longest_s
 

@@ -4,6 +4,7 @@ A fork server saves each start the seconds of importing torch; nothing else is s
 does. All of them end with that server, and it with us.
 """
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,8 @@ _PRELOAD: Final = [
     "transformers.models.mixtral.modeling_mixtral",
 ]
 _END_S = 30.0
+_LOOK_S: Final = 0.02
+_WELCOMED: Final = b"connected to the server"  # as nodes and predictor log it
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -57,6 +60,7 @@ class Process:
     lives: int = 0
     is_away: bool = False  # it is to end, or has, and will be back
     _now: BaseProcess | None = None
+    _log_began_bytes: int = 0  # where the present life's part of the log begins
 
     @property
     def pid(self) -> int:
@@ -79,8 +83,15 @@ class Process:
         """Begin a new life."""
         self.lives += 1
         self.is_away = False
+        self._log_began_bytes = self.log.stat().st_size if self.log.exists() else 0
         self._now = _context.Process(target=_run, args=(self.role, list(self.argv), str(self.log)), daemon=True)
         self._now.start()
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether this life was welcomed, and so has put its signal handlers in place. The server may not have noticed
+        yet that the former one is over."""
+        return _WELCOMED in self.log.read_bytes()[self._log_began_bytes :] if self.log.exists() else False
 
     def send(self, sign: signal.Signals) -> None:
         """A signal, unless it has ended already."""
@@ -88,14 +99,24 @@ class Process:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, sign)
 
-    def join(self) -> None:
-        """Wait until it has ended. Raises TimeoutError."""
+    async def ended(self) -> None:
+        """Until it has. On the loop's own thread: multiprocessing reads an exit status once, from a pipe, and of two
+        threads that look at the same time one makes 255 of it. Raises TimeoutError."""
         until_s = time.monotonic() + _END_S
         while self.is_alive:
-            if time.monotonic() > until_s:
-                raise TimeoutError(f"{self.name} does not end; its log is {self.log}")
-            assert self._now is not None
-            self._now.join(0.05)
+            self._not_after(until_s)
+            await asyncio.sleep(_LOOK_S)
+
+    def join(self) -> None:
+        """Wait until it has ended; nothing else goes on meanwhile. Raises TimeoutError."""
+        until_s = time.monotonic() + _END_S
+        while self.is_alive:
+            self._not_after(until_s)
+            time.sleep(_LOOK_S)
+
+    def _not_after(self, until_s: float) -> None:
+        if time.monotonic() > until_s:
+            raise TimeoutError(f"{self.name} does not end; its log is {self.log}")
 
     def resident_bytes(self) -> int:
         """As the kernel counts it."""

@@ -3,6 +3,8 @@
 One thread, virtual time, no sleep. Each test also ends with every slot free.
 """
 
+import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,20 @@ def test_lost_messages_are_asked_for_again(
     assert tokens == expected
     assert cluster.state.dispatch.failovers_total > 0
     cluster.assert_nothing_held()
+
+
+def test_a_link_that_loses_half_costs_short_waits(cluster: LoopbackCluster, expected: list[int]) -> None:
+    cluster.generate(PROMPT, max_tokens=4)  # until it is known how soon answers come
+    dice = random.Random(1)
+    cluster.network.link_fault("a", "server", drop=lambda _: dice.random() < 0.5)
+    cluster.network.link_fault("server", "a", drop=lambda _: dice.random() < 0.5)
+    came_s = [cluster.network.clock()]
+    tokens, _ = cluster.generate(
+        PROMPT, max_tokens=NUM_TOKENS, on_token=lambda _: came_s.append(cluster.network.clock())
+    )
+    assert tokens == expected
+    longest_s = max(after_s - before_s for before_s, after_s in pairwise(came_s))
+    assert 0.0 < longest_s < cluster.state.config.compute_floor_s, "once for all layers, and not for long"
 
 
 def test_every_message_twice(cluster: LoopbackCluster, expected: list[int]) -> None:

@@ -1,11 +1,15 @@
 """The pure parts of the chaos campaign: what is one message, which faults come, what they come to."""
 
+import asyncio
 import random
+import threading
+from pathlib import Path
 
 import pytest
 
 from chaos.faults import KINDS, SERVER_GOES_WITHIN, Fault, draw
 from chaos.ledger import Asked, Happened, Ledger, percentile
+from chaos.roles import Process
 from chaos.zmtp import GREETING_BYTES, Chunk, Splitter
 
 GREETING = bytes(GREETING_BYTES)
@@ -58,6 +62,14 @@ def test_recovery_is_the_longest_silence_that_touches_the_fault() -> None:
     assert (longest["at_s"], longest["silence_s"]) == (0.0, 8.9)
 
 
+def test_a_silence_that_begins_with_a_fault_of_the_server_is_no_other_faults() -> None:
+    """A token that was on its way may come when the server has been stopped already."""
+    node, server = happened("node", "drop", 10.0, 11.0), happened("server", "pause", 11.5, 15.0)
+    ledger = Ledger(happened=[node, server], token_s=[10.0, 10.4, 11.49, 11.51, 15.1, 15.2])
+    assert ledger.recovery_s(node) == pytest.approx(1.09)
+    assert ledger.recovery_s(server) == pytest.approx(0.1)
+
+
 def test_a_failure_counts_unless_the_server_itself_was_gone() -> None:
     asked = [
         Asked(began_s=0.0, ended_s=1.0, outcome="right"),
@@ -86,3 +98,42 @@ def test_percentiles() -> None:
     assert percentile([], 50) is None
     assert percentile([3.0, 1.0, 2.0], 50) == 2.0
     assert percentile([float(i) for i in range(1, 201)], 99) == 198.0
+
+
+def test_a_process_has_joined_when_its_present_life_was_welcomed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to end before that, it would die of the signal: its handlers come with its first words."""
+    monkeypatch.setattr("chaos.roles._context.Process", lambda **_: Living(polls=0))
+    process = Process("node-0", "node", [], tmp_path / "node-0.log")
+    process.start()
+    assert not process.has_joined
+    process.log.write_text("node-0 is connected to the server\n")
+    assert process.has_joined
+    process.start()
+    assert not process.has_joined, "that was its former life"
+    with process.log.open("a") as log:
+        log.write("node-0 is connected to the server\n")
+    assert process.has_joined
+
+
+class Living:
+    """A process that is over after so many looks, and must be looked at from one thread only."""
+
+    def __init__(self, *, polls: int) -> None:
+        self._left, self.threads = polls, set[int]()
+
+    def start(self) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        self.threads.add(threading.get_ident())
+        self._left -= 1
+        return self._left >= 0
+
+
+def test_the_end_of_a_process_is_awaited_on_the_loops_own_thread(tmp_path: Path) -> None:
+    process = Process("node-0", "node", [], tmp_path / "node-0.log")
+    process._now = living = Living(polls=3)  # type: ignore[assignment]
+    asyncio.run(process.ended())
+    assert living.threads == {threading.get_ident()}

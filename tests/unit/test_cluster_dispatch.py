@@ -1,6 +1,7 @@
 """Who computes what: forecasts used, wrong forecasts released, late and lost requests sent again. Pure, no sleep."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from odmoe_server.cluster.events import (
     SequenceEnded,
     TimePassed,
 )
-from odmoe_server.cluster.peers import ClusterConfig
+from odmoe_server.cluster.peers import ClusterConfig, Peers
 from odmoe_server.cluster.state import ClusterState
 from odmoe_wire.messages import (
     AnyMessage,
@@ -318,12 +319,29 @@ class TestPeers:
         assert named in refusal.message.reason
         assert cluster.peers.epoch == epoch
 
+    def test_with_keys_a_nodes_key_does_not_make_a_predictor(self) -> None:
+        peers = Peers(config=replace(CONFIG, predictor_id="predictor"))
+        (refusal, _) = peers.admit("n1", hello("n1", role="predictor"), 0.0)
+        assert isinstance(refusal, Send)
+        assert isinstance(refusal.message, Refused)
+        assert "the key of 'n1'" in refusal.message.reason
+        assert peers.predictor() is None
+        peers.admit("predictor", hello("predictor", role="predictor"), 0.0)
+        assert peers.predictor() is not None
+
     def test_a_repeated_hello_changes_nothing(self, cluster: ClusterState) -> None:
         epoch = cluster.peers.epoch
         actions = say(cluster, "n0", hello("n0"), now=1.0)
         assert messages_to(actions, Welcome) == ["n0"]
         assert messages_to(actions, View) == ["n0"]
         assert cluster.peers.epoch == epoch
+
+    def test_whose_life_signs_tell_of_an_older_view_hears_the_newest_again(self, cluster: ClusterState) -> None:
+        """A node that never got its first view would drop every compute, and be alive for all that."""
+        epoch = cluster.peers.epoch
+        assert messages_to(say(cluster, "n1", Heartbeat(count=1), now=1.0, epoch=0), View) == ["n1"]
+        assert messages_to(say(cluster, "p", Heartbeat(count=1), now=1.0, epoch=epoch - 1), View) == ["p"]
+        assert say(cluster, "n1", Heartbeat(count=2), now=1.1) == []
 
     def test_a_restarted_node_is_a_new_one_and_its_old_work_moves(self, cluster: ClusterState) -> None:
         sent = only(cluster.handle(call(counts={1: 1}), 1.0))[0]

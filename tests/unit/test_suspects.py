@@ -115,3 +115,53 @@ class TestInTheCluster:
                 self.answer(cluster, one, now + 0.005)
             late += len(again)
         assert 0 < late < 15, "and it gets less and less"
+
+    def test_an_answer_is_late_soon_where_answers_come_soon_and_a_loss_costs_one_short_wait(
+        self, cluster: ClusterState
+    ) -> None:
+        for call_id in range(1, 5):
+            for one in self.call(cluster, call_id, 1.0):
+                self.answer(cluster, one, 1.005)
+        lost, *_ = self.call(cluster, 9, 1.1)
+        late_s = 1.1 + CONFIG.compute_least_s
+        assert not [a for a in cluster.handle(TimePassed(), late_s) if isinstance(a, SendCompute)]
+        self.hear(cluster, "abc", late_s)
+        again = [a for a in cluster.handle(TimePassed(), late_s + 0.05) if isinstance(a, SendCompute)]
+        assert lost.message.experts in [one.message.experts for one in again]
+        assert lost.peer_id not in {one.peer_id for one in self.call(cluster, 10, late_s + 0.05)}, "no second wait"
+
+    def test_what_two_have_not_answered_for_is_asked_of_two_at_once(self, cluster: ClusterState) -> None:
+        first, *_ = self.call(cluster, 1, 0.0)
+        waves, now = [], 0.0
+        while len(waves) < 3:
+            now += 0.05
+            self.hear(cluster, "abc", now)
+            sends = [a for a in cluster.handle(TimePassed(), now) if isinstance(a, SendCompute)]
+            again = [send.peer_id for send in sends if send.message.experts == first.message.experts]
+            waves += [again] if again else []
+        assert [len(set(wave)) for wave in waves] == [1, 2, 2]
+
+    def test_a_node_alone_is_not_asked_twice_at_once(self) -> None:
+        alone = ClusterState(config=CONFIG)
+        hello = Hello(
+            role="node", peer_id="a", incarnation=1, package_version="1", store_digest="d", slots=1, budget_bytes=1
+        )
+        alone.handle(PeerMessage(peer_id="a", epoch=0, message=hello), 0.0)
+        self.call(alone, 1, 0.0)
+        for tick in range(1, 80):
+            self.hear(alone, "a", 0.05 * tick)
+            assert len([a for a in alone.handle(TimePassed(), 0.05 * tick) if isinstance(a, SendCompute)]) <= 1
+
+    def test_when_we_stood_still_ourselves_nobody_is_late_silent_or_lost(self, cluster: ClusterState) -> None:
+        sent = self.call(cluster, 1, 0.0)
+        stood_still_s = 2.0 * CONFIG.lost_after_s
+        actions = cluster.handle(TimePassed(late_s=stood_still_s), stood_still_s)
+        assert not [action for action in actions if isinstance(action, SendCompute)]
+        assert set(cluster.peers.admitted) == {"a", "b", "c"}
+        assert not cluster.dispatch.suspects.among(MEMBERS, stood_still_s)
+        assert all(self.answer(cluster, one, stood_still_s + 0.01) for one in sent)
+        (lost, *_) = self.call(cluster, 2, stood_still_s + 0.02)
+        late_s = stood_still_s + 0.02 + CONFIG.compute_floor_s + 0.01
+        self.hear(cluster, "abc", late_s)
+        again = [a for a in cluster.handle(TimePassed(), late_s) if isinstance(a, SendCompute)]
+        assert lost.message.experts in [one.message.experts for one in again], "but whoever is late after that"

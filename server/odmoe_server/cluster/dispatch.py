@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from odmoe_server.cluster.events import Action, CallFailed, FetchAhead, LayerCall, PartDone, Send, SendCompute
+from odmoe_server.cluster.lateness import Lateness
 from odmoe_server.cluster.ledger import Ledger
 from odmoe_server.cluster.peers import ClusterConfig
 from odmoe_server.cluster.prompt_loads import PromptLoads, deal
@@ -19,15 +20,12 @@ from odmoe_wire.messages import Compute, Load, Member, Release, Result, Rollback
 from odmoe_wire.placement import group_of, place
 from odmoe_wire.sharing import Sharing
 
-# A request is late after this many times what such a request has taken lately.
-LATE_FACTOR = 8.0
-# A request that took more than this many times what is typical, and more than so long, is no measure for others.
-FAR_OFF = 3.0
-FAR_OFF_S = 0.02
 # Fewer rows of a prompt are not worth a message of their own. Two nodes and the server on one core, 128 tokens: 2.57 s
 # to the first token with a message an expert, 2.61 with these, 2.65 with one for all.
 PARCEL_ROWS = 32
 MAX_REMEMBERED_SEQUENCES = 1024
+# What two nodes have not answered for is asked of so many at once.
+COPIES = 2
 
 
 @dataclass(kw_only=True)
@@ -46,6 +44,7 @@ class _Request:
     peer_id: str
     experts: tuple[int, ...]
     sent_s: float
+    expected_s: float
     late_s: float
     hedged: bool = False
 
@@ -68,6 +67,7 @@ class Dispatch:
     duplicates_total: int = 0
     prompt_loads: PromptLoads = field(init=False)
     suspects: Suspects = field(init=False)
+    lateness: Lateness = field(init=False)
     sharing: Sharing = field(default_factory=Sharing)
     # Layers that were fetched ahead and whose gates have not spoken, with the nodes that were told so.
     _fetched: dict[int, set[str]] = field(default_factory=dict)
@@ -76,14 +76,16 @@ class Dispatch:
     # Sequences that are over, oldest first: the predictor may be ahead of the news.
     _ended: dict[int, None] = field(default_factory=dict)
     _last_request_id: int = 0
-    _typical_row_s: float = 0.0
-    _typical_expert_s: float = 0.0
     # When each node's last result came: what was sent to it together is done one after the other.
     _last_result_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompt_loads = PromptLoads(config=self.config)
-        self.suspects = Suspects(first_away_s=self.config.compute_floor_s)
+        config = self.config
+        self.suspects = Suspects(first_away_s=config.compute_floor_s)
+        # In mode "importance" what is late may first be replaced (`importance/mode.py`), before it is asked for twice.
+        least_s = config.compute_floor_s if config.mode == "importance" else config.compute_least_s
+        self.lateness = Lateness(least_s=least_s, most_s=config.compute_floor_s, cap_s=config.compute_cap_s)
 
     # -------------------------------------------------------------------------------------------- forecasts
 
@@ -218,7 +220,7 @@ class Dispatch:
         began_s = max(request.sent_s, self._last_result_s.get(peer_id, 0.0))
         self._last_result_s[peer_id] = now
         self.ledger.answered(peer_id, now - request.sent_s)
-        self._learn(result, sum(counts), took_s=now - began_s)
+        self._learn(result, request, num_rows=sum(counts), began_s=began_s, now=now)
         wanted = frozenset(request.experts) & state.open_experts
         state.open_experts -= wanted
         if not wanted:
@@ -262,11 +264,18 @@ class Dispatch:
         """Send what the lost node had in hand to others. `members` are those that are left."""
         self._last_result_s.pop(peer_id, None)
         self.suspects.forget(peer_id)
+        self.lateness.forget(peer_id)
         orphans = [key for key, request in self.requests.items() if request.peer_id == peer_id]
         actions: list[Action] = []
         for request_id in orphans:
             actions += self.refused(request_id, members, epoch=epoch, now=now)
         return actions
+
+    def excuse(self, *, late_s: float, now: float) -> None:
+        """We stood still for so long and could not hear anybody: that is neither lateness nor a measure of it."""
+        for request in self.requests.values():
+            request.sent_s = min(now, request.sent_s + late_s)
+            request.late_s += late_s
 
     def tick(self, members: list[Member], *, epoch: int, now: float) -> list[Action]:
         """Hedge what is late, place what had no node, give up what is past its deadline."""
@@ -296,8 +305,12 @@ class Dispatch:
         if not missing or not members:
             return []
         self.failovers_total += 1
-        assigned = {expert: self._next_node(state, expert, members, now=now) for expert in missing}
-        return self._send(request.call_id, assigned, epoch=epoch, now=now)
+        actions: list[Action] = []
+        # Twice lost on the way, or at two nodes that fail: then two at once, or it may go on for long.
+        for _ in range(min(COPIES, len(members)) if len(state.tried[missing[0]]) > 1 else 1):
+            assigned = {expert: self._next_node(state, expert, members, now=now) for expert in missing}
+            actions += self._send(request.call_id, assigned, epoch=epoch, now=now)
+        return actions
 
     def _is_late(self, request: _Request, now: float) -> bool:
         """A node nothing is heard of is not waited for as long as one that is at work."""
@@ -331,10 +344,15 @@ class Dispatch:
             counts = [state.call.counts[expert] for expert in experts]
             num_experts, num_rows = queued.get(peer_id, (0, 0))
             queued[peer_id] = num_experts + len(experts), num_rows + sum(counts)
-            patience_s = self._patience_s(*queued[peer_id])
+            tries = max(len(state.tried[expert]) for expert in experts) - 1
             self._last_request_id += 1
             self.requests[self._last_request_id] = _Request(
-                call_id=call_id, peer_id=peer_id, experts=tuple(experts), sent_s=now, late_s=now + patience_s
+                call_id=call_id,
+                peer_id=peer_id,
+                experts=tuple(experts),
+                sent_s=now,
+                expected_s=self.lateness.expected_s(*queued[peer_id]),
+                late_s=now + self.lateness.late_after_s(*queued[peer_id], tries=tries, now=now),
             )
             compute = Compute(
                 request_id=self._last_request_id,
@@ -386,18 +404,13 @@ class Dispatch:
             for key in [key for key in self.unforeseen if key[0] == sequence and not before <= key[1] < position]:
                 del self.unforeseen[key]
 
-    def _learn(self, result: Result, num_rows: int, *, took_s: float) -> None:
-        """Moving averages of what requests take, for deadlines."""
+    def _learn(self, result: Result, request: _Request, *, num_rows: int, began_s: float, now: float) -> None:
+        """What an answer says of how long to wait for others."""
+        self.lateness.loaded(loaded.load_s for loaded in result.loaded)
+        took_s = now - request.sent_s
+        self.lateness.answered(request.peer_id, took_s=took_s, expected_s=request.expected_s, now=now)
         compute_s = sum(timing.compute_s for timing in result.timings)
-        rest_s = max(0.0, took_s - compute_s)
-        if not self._typical_expert_s:  # nothing is known yet: the first one says more than nothing does
-            self._typical_expert_s = rest_s / max(1, len(result.timings))
-        self._typical_row_s = _learned(self._typical_row_s, compute_s / max(1, num_rows))
-        self._typical_expert_s = _learned(self._typical_expert_s, rest_s / max(1, len(result.timings)))
-
-    def _patience_s(self, num_experts: int, num_rows: int) -> float:
-        expected_s = self._typical_expert_s * num_experts + self._typical_row_s * num_rows
-        return min(self.config.compute_cap_s, self.config.compute_floor_s + LATE_FACTOR * expected_s)
+        self.lateness.learn(len(result.timings), num_rows, compute_s=compute_s, took_s=now - began_s)
 
 
 def assign(
@@ -453,12 +466,6 @@ def _placed(layer: int, experts: Iterable[int], members: list[Member], config: C
         num_layers=config.num_layers,
         placing=config.placing,
     )
-
-
-def _learned(typical_s: float, took_s: float) -> float:
-    """The moving average after one more sample. One that is far off counts only so much: with one slow node among
-    several, patience stays that for the others, and the slow one is late."""
-    return typical_s + 0.1 * (min(took_s, max(FAR_OFF * typical_s, FAR_OFF_S)) - typical_s)
 
 
 def _parcels(by_node: Mapping[str, list[int]], counts: Mapping[int, int]) -> list[tuple[str, list[int]]]:

@@ -45,6 +45,8 @@ from odmoe_wire.waiting import Wake, wait
 
 log = logging.getLogger(__name__)
 
+# Messages taken from the link before the calls that wait and the time have their turn.
+MAX_BURST = 256
 # The state machine hears of the time at least this often, so that no deadline is missed by much.
 TICK_S = 0.05
 # Beyond the call's own deadline: the state machine fails the call, this only guards against a dead driver.
@@ -81,7 +83,7 @@ class ClusterDriver:
         self._inbox: deque[Callable[[float], None]] = deque()
         self._pending: dict[int, PendingCall] = {}
         self._last_call_id = 0
-        self._next_tick_s = 0.0
+        self._next_tick_s = clock()
         self._seat = threading.Lock()  # who holds it may use the link and the state
         self._reserved_until_s = 0.0
         self._stopping = threading.Event()
@@ -218,12 +220,16 @@ class ClusterDriver:
         """Handle all that waits; True if anything did."""
         self._wake.clear()
         busy = self._take_inbox(now)
-        while (item := self.link.receive()) is not None:
+        for _ in range(MAX_BURST):
+            if (item := self.link.receive()) is None:
+                break
             busy = True
             self._received(*item, now)
+        else:
+            self._wake.set()  # there may be more
         if now >= self._next_tick_s:
-            self._next_tick_s = now + TICK_S
-            self._do(TimePassed(), now)
+            late_s, self._next_tick_s = now - self._next_tick_s, now + TICK_S
+            self._do(TimePassed(late_s=late_s), now)
             self._take_snapshot(now)
         elif self.snapshot.epoch != self.state.peers.epoch:
             self._take_snapshot(now)

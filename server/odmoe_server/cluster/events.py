@@ -90,7 +90,9 @@ class PeerUnreachable:
 
 @dataclass(frozen=True, kw_only=True)
 class TimePassed:
-    """Nothing but the clock; comes several times a heartbeat."""
+    """Nothing but the clock; comes several times a heartbeat, and so much later than it was to come."""
+
+    late_s: float = 0.0
 
 
 Event = (

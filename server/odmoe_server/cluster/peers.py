@@ -33,7 +33,8 @@ LIKE_WITHIN_PERCENT = 25
 class ClusterConfig:
     """What the server demands of its peers and how it times them. `group_size` is the model's top-k unless the
     operator says otherwise; `mode` is what becomes of an expert in its slot, `placing` how a forecast's experts find
-    their nodes."""
+    their nodes. A compute is given between `compute_least_s` and `compute_floor_s` beyond what is expected of it (see
+    `Lateness`), and never more than `compute_cap_s`."""
 
     store_digest: str
     package_version: str
@@ -43,8 +44,11 @@ class ClusterConfig:
     top_k: int = 1
     mode: SlotMode = "on-demand"
     placing: Placing = "span"
+    # The only peer that may be the predictor, where keys say who is who; None: anyone may.
+    predictor_id: str | None = None
     heartbeat_s: float = 0.25
     lost_after_s: float = 3.0
+    compute_least_s: float = 0.1
     compute_floor_s: float = 0.5
     compute_cap_s: float = 30.0
     call_timeout_s: float = 60.0
@@ -98,13 +102,18 @@ class Peers:
         """Any message is a life sign."""
         self.admitted[peer_id].liveness.heard(now)
 
+    def excuse(self, now: float) -> None:
+        """We stood still and could not hear anybody: their silence begins now."""
+        for peer_id in self.admitted:
+            self.heard(peer_id, now)
+
     def admit(self, peer_id: str, hello: Hello, now: float) -> list[Action]:
         """Take a peer in, or refuse it. The caller has removed a former incarnation already."""
         reason = self._misfit(peer_id, hello)
         if reason is not None:
             return [
                 Send(peer_id=peer_id, message=Refused(reason=reason), epoch=self.epoch),
-                Note(level="warning", text=f"refused {hello.role} {peer_id}: {reason}"),
+                Note(level="warning", text=f"refused {_named(hello)}: {reason}"),
             ]
         welcome = Welcome(heartbeat_s=self.config.heartbeat_s, lost_after_s=self.config.lost_after_s)
         known = self.admitted.get(peer_id)
@@ -118,7 +127,7 @@ class Peers:
         return [
             Send(peer_id=peer_id, message=welcome, epoch=self.epoch),
             *self.announce(),
-            Note(level="info", text=f"{hello.role} {peer_id} joined (epoch {self.epoch}, {hello.slots} slots)"),
+            Note(level="info", text=f"{_named(hello)} joined (epoch {self.epoch}{_slots(hello)})"),
         ]
 
     def remove(self, peer_id: str, *, reason: str) -> list[Action]:
@@ -127,7 +136,7 @@ class Peers:
         while len(self.departed) > MAX_DEPARTED:  # ids are the peers' own: bound what they can make us keep
             del self.departed[next(iter(self.departed))]
         self.epoch += 1
-        text = f"{peer.hello.role} {peer_id} left (epoch {self.epoch}): {reason}"
+        text = f"{_named(peer.hello)} left (epoch {self.epoch}): {reason}"
         return [*self.announce(), Note(level="warning", text=text)]
 
     def announce(self) -> list[Action]:
@@ -154,6 +163,11 @@ class Peers:
                 beats.append(Send(peer_id=peer_id, message=beat, epoch=self.epoch))
         return beats
 
+    def missed_view(self, peer_id: str, epoch: int) -> list[Action]:
+        """A life sign came under that epoch. Under another than ours, the newest view was lost on the way, or is on
+        it."""
+        return [] if epoch == self.epoch else [self._view_for(peer_id)]
+
     def _view_for(self, peer_id: str) -> Send:
         view = View(
             members=self.members(),
@@ -177,10 +191,21 @@ class Peers:
             )
         if hello.role == "node" and hello.slots < 1:
             return "a node agent needs at least one slot"
+        if hello.role == "predictor" and config.predictor_id not in (None, peer_id):
+            return f"the key of {peer_id!r} is not the predictor's: only {config.predictor_id!r} may be that"
         predictor = self.predictor()
         if hello.role == "predictor" and predictor is not None and predictor.hello.peer_id != peer_id:
             return f"there is a predictor already: {predictor.hello.peer_id}"
         return None
+
+
+def _named(hello: Hello) -> str:
+    """As a person reads it: "node kitchen", but not "node node-3"."""
+    return hello.peer_id if hello.peer_id.startswith(hello.role) else f"{hello.role} {hello.peer_id}"
+
+
+def _slots(hello: Hello) -> str:
+    return f", {hello.slots} slot{'' if hello.slots == 1 else 's'}" if hello.role == "node" else ""
 
 
 def kinds(load_us: Iterable[int]) -> dict[int, int]:

@@ -33,6 +33,7 @@ from odmoe_wire.messages import (
     Cancel,
     ComputeFailed,
     End,
+    Heartbeat,
     Hello,
     Loaded,
     LoadFailed,
@@ -45,6 +46,8 @@ from odmoe_wire.messages import (
 )
 
 STORY_LENGTH = 200
+# A tick that comes so much later than it was to come says that we stood still: the process, its machine, or its thread.
+STOOD_STILL_S = 0.1
 
 
 @dataclass(kw_only=True)
@@ -97,7 +100,7 @@ class ClusterState:
             case PeerUnreachable():
                 return self._lost(event.peer_id, now, reason="it cannot be reached")
             case TimePassed():
-                return self._tick(now)
+                return self._tick(event, now)
             case _:
                 assert_never(event)
 
@@ -115,6 +118,8 @@ class ClusterState:
             bye = Bye(reason="not admitted: say hello")
             return [Send(peer_id=peer_id, message=bye, epoch=self.peers.epoch)]
         self.peers.heard(peer_id, now)
+        if isinstance(message, Heartbeat):
+            return self.peers.missed_view(peer_id, event.epoch)
         return self._from_admitted(peer, event.epoch, message, now)
 
     def _from_admitted(self, peer: Peer, epoch: int, message: AnyMessage, now: float) -> list[Action]:
@@ -146,7 +151,7 @@ class ClusterState:
                 return self._lost(peer_id, now, reason=message.reason)
             case ProtocolErrorNotice():
                 return [Note(level="warning", text=f"{peer_id} did not accept a message: {message.reason}")]
-            case _:  # heartbeats have served as life signs
+            case _:
                 return []
 
     def _holds(self, peer_id: str, message: Result | Loaded) -> None:
@@ -199,8 +204,11 @@ class ClusterState:
             for peer_id, peer in self.peers.admitted.items()
         ]
 
-    def _tick(self, now: float) -> list[Action]:
+    def _tick(self, event: TimePassed, now: float) -> list[Action]:
         actions: list[Action] = []
+        if event.late_s >= STOOD_STILL_S:
+            self.peers.excuse(now)
+            self.dispatch.excuse(late_s=event.late_s, now=now)
         for peer_id in self.peers.lost(now):
             actions += self._lost(peer_id, now, reason=f"silent for {self.config.lost_after_s} s")
         self.dispatch.suspects.are_silent(self.peers.silent(now))

@@ -84,6 +84,8 @@ def cluster_config(store: ExpertStore, options: EngineOptions) -> ClusterConfig:
         mode=options.slot_mode if options.importance is None else "importance",
         # Guesses and their forecasts come several at a time: those that name one expert must meet at one node.
         placing="expert" if options.draft else "span",
+        # Nodes know the predictor by that key; a node's key must not hear what only the predictor is told.
+        predictor_id="predictor" if options.keys else None,
         heartbeat_s=options.heartbeat_s,
         lost_after_s=options.lost_after_s,
         call_timeout_s=options.call_timeout_s,
