@@ -91,7 +91,7 @@ def create_app(
         router = APIRouter(prefix=base, include_in_schema=base == _BASES[0])
         _add_chat(router, chat, limit_bytes=limits.max_body_bytes)
         responses.add_routes(router, stored, limit_bytes=limits.max_body_bytes)
-        _add_completions(router, CompletionService(answerer=answerer, catalog=catalog), limits.max_body_bytes)
+        _add_completions(router, CompletionService(answerer=answerer, catalog=catalog, kit=kit), limits.max_body_bytes)
         _add_models(router, catalog)
         app.include_router(router)
     messages.add_routes(app.router, MessagesService(chat=chat), limit_bytes=limits.max_body_bytes)

@@ -44,7 +44,9 @@ async def read_json(request: Request, *, limit_bytes: int) -> bytes:
 def _check_headers(headers: Headers, *, limit_bytes: int) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise MalformedBody(f"The content type must be application/json, not '{kind}'.")
+        raise MalformedBody(f"The content type must be application/json, not '{kind}'. Send it as a header.")
+    if (coding := headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise MalformedBody(f"Bodies in '{coding}' are not taken. Send it without a content encoding.")
     length = headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit_bytes:
         raise BodyTooLarge(_too_large(limit_bytes))

@@ -164,6 +164,10 @@ class NotReady(EngineError):
     """Still loading, too few nodes, or shutting down; the message says which."""
 
 
+class TooLarge(EngineError):
+    """The request can never fit the server's memory; the message says what would."""
+
+
 class GenerationFailed(EngineError):
     """The generation broke off for a reason that is the server's; the message has no internals."""
 
@@ -279,8 +283,9 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[ReadPrompt | Token | Finished, None]:
-        """`ReadPrompt` where asked for, tokens as they come, then `Finished`. Raises `QueueFull` or `NotReady` before
-        the first token, `GenerationFailed` at any time. Closing the generator ends the sequence within one step."""
+        """`ReadPrompt` where asked for, tokens as they come, then `Finished`. Raises `QueueFull`, `TooLarge` or
+        `NotReady` before the first token, `GenerationFailed` at any time. Closing the generator ends the sequence
+        within one step."""
         ...
 
     def health(self) -> EngineHealth:

@@ -11,13 +11,13 @@ V vocabulary.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import anyio
 import anyio.to_thread
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -37,6 +37,8 @@ _LIMITS: Final = LLParserLimits(
 _MOST_COMPILING: Final = 2
 
 Allow = Callable[[Sequence[int], Tensor], Tensor]
+# What a grammar is written in: as llguidance wants it, or as clients have it, who write Lark's notation or GBNF.
+Notation = Literal["llguidance", "regex", "lark or gbnf"]
 
 
 class GrammarError(ValueError):
@@ -51,18 +53,19 @@ class Grammars:
         self._end_ids = list(end_ids)
         self._few_at_a_time = anyio.CapacityLimiter(_MOST_COMPILING)
 
-    async def compile(self, grammar: str, *, trigger: str = "") -> "GrammarConstraint":
-        """`grammar` (llguidance's notation) from the answer's beginning, or from where `trigger` has been written; up
-        to there everything goes. Raises `GrammarError`. Works in a thread, without the interpreter's lock."""
-        return await anyio.to_thread.run_sync(
-            functools.partial(self.compile_now, grammar, trigger=trigger), limiter=self._few_at_a_time
-        )
+    async def compile(
+        self, grammar: str, *, trigger: str = "", notation: Notation = "llguidance"
+    ) -> "GrammarConstraint":
+        """`grammar` from the answer's beginning, or from where `trigger` has been written; up to there everything
+        goes. Raises `GrammarError`. Works in a thread, without the interpreter's lock."""
+        work = functools.partial(self.compile_now, grammar, trigger=trigger, notation=notation)
+        return await anyio.to_thread.run_sync(work, limiter=self._few_at_a_time)
 
-    def compile_now(self, grammar: str, *, trigger: str = "") -> "GrammarConstraint":
+    def compile_now(self, grammar: str, *, trigger: str = "", notation: Notation = "llguidance") -> "GrammarConstraint":
         """`compile`, on the caller's thread."""
         if not self._end_ids:
             raise GrammarError("this model has no token that ends an answer")
-        matcher = LLMatcher(self._vocabulary, grammar, limits=_LIMITS, log_level=0)
+        matcher = LLMatcher(self._vocabulary, _rewritten(grammar, notation), limits=_LIMITS, log_level=0)
         trial = matcher.deep_copy()
         if not trial.is_error():
             trial.compute_bitmask()  # what cannot even begin shows here
@@ -76,6 +79,19 @@ class Grammars:
         plain.no_padding()
         plain.no_truncation()
         return LLTokenizer(plain.to_str(), eos_token=self._end_ids)
+
+
+def _rewritten(grammar: str, notation: Notation) -> str:
+    """As llguidance wants it."""
+    if notation == "llguidance":
+        return grammar
+    if notation == "regex":
+        return str(grammar_from("regex", grammar))
+    try:
+        # Blank lines mean nothing, and the reader takes very long over many.
+        return str(grammar_from("grammar", "\n".join(line for line in grammar.splitlines() if line.strip())))
+    except ValueError as error:
+        raise GrammarError(str(error).partition("Lark: ")[2] or str(error)) from None
 
 
 @dataclass(frozen=True)

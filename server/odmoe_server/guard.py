@@ -50,6 +50,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD" and scope["path"] in PROBE_PATHS:
+            scope = {**scope, "method": "GET"}  # the web server sends no body
         headers = Headers(scope=scope)
         passage = _Passage(scope, send, request_id=_request_id(headers))
         try:

@@ -5,17 +5,21 @@ transformers' tokenizers keep settings in themselves while they encode. Detokeni
 has a tokenizer of its own, so that it can go on beside.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.to_thread
 from jinja2 import TemplateError
+from jinja2.defaults import DEFAULT_NAMESPACE
 from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils.chat_template_utils import _get_template_variables
 
 T = TypeVar("T")
 
@@ -25,10 +29,26 @@ MAX_HELD_TOKENS = 8
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE_MARK = "\u2581"  # SentencePiece's
 _NUM_TOKENS_KEPT = 65536
+# What transformers gives every template, besides Jinja's own and the tokenizer's control tokens.
+_GIVEN: Final = frozenset({"messages", "raise_exception", "strftime_now", *DEFAULT_NAMESPACE})
 
 
 class TextError(ValueError):
-    """The conversation cannot be rendered for this model; the message says why."""
+    """The conversation cannot be rendered for this model; the message says why, `variable` of which it is."""
+
+    def __init__(self, message: str, *, variable: str | None = None) -> None:
+        super().__init__(message)
+        self.variable = variable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """How a conversation is written. `begins_answer`: up to where an answer begins; else it ends with the last message,
+    which is left open if an answer `goes_on` with it. `variables`: what else the template may look at."""
+
+    begins_answer: bool = True
+    goes_on: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Detokeniser:
@@ -126,10 +146,10 @@ class TextCodec:
         messages: Sequence[dict[str, Any]],
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        rendering: Rendering | None = None,
     ) -> tuple[int, ...]:
         """Token ids of the conversation, up to where the answer begins. Raises `TextError`."""
-        return await self._alone(lambda: self._prompt_ids(messages, tools, add_generation_prompt))
+        return await self._alone(lambda: self._prompt_ids(messages, tools, rendering or Rendering()))
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text; control tokens in it are control tokens."""
@@ -174,7 +194,7 @@ class TextCodec:
         return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)
 
     def _prompt_ids(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, add_generation_prompt: bool
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, rendering: Rendering
     ) -> tuple[int, ...]:
         if not self.can_chat:
             raise TextError("This model has no chat template, so it cannot answer a conversation.")
@@ -182,14 +202,41 @@ class TextCodec:
             ids: Any = self._tokenizer.apply_chat_template(
                 [{**message, "role": _role(message["role"])} for message in messages],
                 tools=tools,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=rendering.begins_answer,
+                continue_final_message=rendering.goes_on,
                 return_dict=False,
                 # Control tokens that a user writes into a message are text, not control tokens.
                 sanitize_control_tokens=True,
+                **self._known(rendering.variables),
             )
-        except (TemplateError, ValueError) as error:
-            raise TextError(f"The model's chat template refuses these messages: {error}") from error
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, TextError):
+                raise
+            # Transformers appends the whole conversation.
+            reason = str(error).partition("Final message to continue")[0]
+            raise TextError(f"The model's chat template refuses these messages: {reason}") from error
         return tuple(ids)
+
+    def _known(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Those the template looks at. Raises TextError for others, unless they say no to what it does not know."""
+        for name, value in variables.items():
+            if name in self._own_names:
+                raise TextError(f"'{name}' is not for clients to set.", variable=name)
+            if name not in self._variables and value is not None and value is not False:
+                known = ", ".join(f"'{known}'" for known in sorted(self._variables)) or "none"
+                raise TextError(f"This model's chat template does not use '{name}'; it uses {known}.", variable=name)
+        return {name: value for name, value in variables.items() if name in self._variables}
+
+    @cached_property
+    def _own_names(self) -> frozenset[str]:
+        """Names that say something else to transformers, or are in every template."""
+        ours = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        return _GIVEN.union(ours, self._tokenizer.special_tokens_map)
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        """What clients may set: names the template reads and does not set itself."""
+        return frozenset(_get_template_variables(self._tokenizer.get_chat_template())) - self._own_names
 
 
 def _role(role: str) -> str:

@@ -6,7 +6,7 @@ T tokens, L MoE layers, K experts a token.
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +203,24 @@ def test_what_cannot_be_told_is_refused(served: Served, path: str, fields: dict[
     body = asking(**fields) if path == CHAT else {"model": MODEL, "prompt": "a", **fields}
     answer = request(served.app, "POST", path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_logits_of_prompts_count_as_memory(served: Served) -> None:
+    """One chunk of them, where the budget has room; else the request is refused rather than left to wait for ever."""
+    loop = served.engine
+    loaded = loop._loaded
+    assert loaded is not None
+    size, length = loaded.kv_size, len(words(PROMPT)) + 1
+    assert size.logits_row == 4 * len(tiny_tokenizer())
+    keys_bytes, reading_bytes = size.bytes_for(length), CHUNK * size.logits_row
+    for budget_bytes, status in ((keys_bytes + reading_bytes, 200), (keys_bytes + reading_bytes - 1, 400)):
+        loop._loaded = replace(loaded, kv_budget_bytes=budget_bytes)
+        loop._room.budget_bytes = budget_bytes
+        try:
+            answer = served.complete(prompt_logprobs=0, max_tokens=1)
+            plain = served.complete(max_tokens=1)
+        finally:
+            loop._loaded, loop._room.budget_bytes = loaded, loaded.kv_budget_bytes
+        assert (answer.status_code, plain.status_code) == (status, 200), answer.text
+    assert answer.json()["error"]["code"] == "too_large"
+    assert "'prompt_logprobs'" in answer.json()["error"]["message"]

@@ -10,6 +10,7 @@ from odmoe_server.anthropic.schemas import FIELDS as ANTHROPIC_FIELDS
 from odmoe_server.anthropic.schemas import MessagesRequest
 from odmoe_server.openai.errors import TABLE
 from odmoe_server.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, STREAM_OPTION_FIELDS
+from odmoe_server.openai.forms import STRUCTURED_FIELDS
 from odmoe_server.openai.responses_schemas import FIELDS as RESPONSES_FIELDS
 from odmoe_server.openai.responses_schemas import ResponsesRequest
 from odmoe_server.openai.schemas import ChatRequest, CompletionRequest
@@ -56,6 +57,7 @@ def test_every_field_of_the_other_apis_that_is_taken_is_on_the_page(title: str, 
         ("Refused in chat completions", set(CHAT_FIELDS) - BOTH),
         ("Refused in text completions", set(COMPLETION_FIELDS) - BOTH),
         ("Refused in both", BOTH),
+        ("Refused in `structured_outputs`", set(STRUCTURED_FIELDS) - {"disable_fallback"}),
         ("Refused in `stream_options`", set(STREAM_OPTION_FIELDS)),
         ("Refused in messages", set(MESSAGE_FIELDS)),
         ("Refused in responses", set(RESPONSES_FIELDS)),
@@ -81,6 +83,11 @@ def test_what_the_page_calls_refused_is_refused(field: str) -> None:
 @pytest.mark.parametrize("field", sorted(listed("Refused in `stream_options`", "refused by name")))
 def test_refused_options_of_streams(field: str) -> None:
     assert refusal(CHAT, asking(stream=True, stream_options={field: True})) == (400, f"stream_options.{field}")
+
+
+@pytest.mark.parametrize("field", sorted(listed("Refused in `structured_outputs`", "refused by name")))
+def test_refused_parts_of_structured_outputs(field: str) -> None:
+    assert refusal(CHAT, asking(structured_outputs={field: "x"})) == (400, f"structured_outputs.{field}")
 
 
 def test_the_routes_are_those_of_the_document() -> None:

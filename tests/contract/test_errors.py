@@ -320,3 +320,27 @@ def test_what_is_not_in_the_table_shows_no_insides() -> None:
     problem = problem_of(ZeroDivisionError("secret"))
     assert problem.status == 500
     assert "secret" not in json.dumps(problem.body)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [("/v1/v1/chat/completions", "/v1 twice"), ("/v1/chat/completions/", "slash at its end"), ("/nowhere", "URL")],
+)
+def test_an_unknown_address_says_what_is_often_wrong(path: str, hint: str) -> None:
+    error = error_of(request(app_of(ScriptedEngine()), "POST", path, json=asking()), 404)
+    assert hint in error["message"]
+
+
+def test_a_compressed_body_is_refused_as_such() -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = request(app_of(ScriptedEngine()), "POST", CHAT, content=b"\x1f\x8b", headers=headers)
+    assert "'gzip'" in error_of(answer, 400)["message"]
+    headers["content-encoding"] = "identity"
+    app = app_of(ScriptedEngine.saying("x"))
+    assert request(app, "POST", CHAT, content=json.dumps(asking()), headers=headers).status_code == 200
+
+
+def test_what_is_missing_or_empty_is_said_in_plain_words() -> None:
+    assert refused({"model": MODEL})["message"] == "Missing required parameter: 'messages'."
+    assert refused(messages())["message"] == "'messages' must have 1 or more items."
+    assert refused(asking(bad_words=["x"] * 65))["message"] == "'bad_words' must have at most 64 items."

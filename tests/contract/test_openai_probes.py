@@ -63,6 +63,11 @@ def test_health_when_not_ready(state: str) -> None:
     assert (answer.json()["state"], answer.json()["detail"]) == (state, "in words")
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/health/live", "/metrics"])
+def test_probes_may_ask_for_the_head_alone(path: str) -> None:
+    assert request(app_of(ScriptedEngine()), "HEAD", path).status_code == 200
+
+
 def test_version() -> None:
     assert re.fullmatch(r"\d+\.\d+.*", request(app_of(ScriptedEngine()), "GET", "/version").json()["version"])
 

@@ -20,6 +20,12 @@ def test_windows_stop_growing() -> None:
     assert [size.bytes_for(positions) for positions in (1, 4, 100)] == [20, 80, 1040]
 
 
+def test_the_logits_of_one_chunk_are_there_at_a_time() -> None:
+    size = KvSize(layers=(), logits_row=100)
+    assert [size.bytes_of_reading(num, chunk=16) for num in (5, 16, 50)] == [500, 1600, 1600]
+    assert size.bytes_of_reading(50, chunk=None) == 5000
+
+
 def test_the_longest_sequence_that_fits() -> None:
     size = KvSize(layers=((10, None), (10, 4)))
     assert [size.positions_in(budget, most=50) for budget in (0, 19, 20, 79, 80, 90, 10_000)] == [0, 0, 1, 3, 4, 5, 50]

@@ -27,13 +27,19 @@ _FALLBACK_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class KvSize:
-    """Bytes of a cache. `layers`: bytes a position (or a column of a state), and how many are kept (None: all)."""
+    """Bytes of a cache. `layers`: bytes a position (or a column of a state), and how many are kept (None: all).
+    `logits_row`: bytes of the logits behind one token, which are kept for all of a chunk whose tokens are told of."""
 
     layers: tuple[tuple[int, int | None], ...]
+    logits_row: int = 0
 
     def bytes_for(self, positions: int) -> int:
         """Of a sequence of so many positions."""
         return sum(size * (positions if most is None else min(positions, most)) for size, most in self.layers)
+
+    def bytes_of_reading(self, num_prompt: int, *, chunk: int | None) -> int:
+        """Of the logits of a prompt whose every token is told of, of which one chunk's are there at a time."""
+        return self.logits_row * (num_prompt if chunk is None else min(num_prompt, chunk))
 
     def positions_in(self, budget_bytes: int, *, most: int) -> int:
         """The longest sequence up to `most` that fits."""
@@ -47,7 +53,7 @@ class KvSize:
 def measure_kv(model: PreTrainedModel, new_cache: Callable[[], DynamicCache]) -> KvSize:
     """Try it with one token; the experts, which keep nothing, give zeros."""
     cache = new_cache()
-    run_lanes(model, [Lane(sequence=0, position=0, ids=[0], cache=cache)], _no_experts)
+    (logits_V,) = run_lanes(model, [Lane(sequence=0, position=0, ids=[0], cache=cache)], _no_experts)
     layers: list[tuple[int, int | None]] = []
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionLayer):
@@ -56,7 +62,7 @@ def measure_kv(model: PreTrainedModel, new_cache: Callable[[], DynamicCache]) ->
             continue
         window = layer.sliding_window + KEPT_POSITIONS if isinstance(layer, DynamicSlidingWindowLayer) else None
         layers.append((layer.keys.nbytes + layer.values.nbytes, window))
-    return KvSize(layers=tuple(layers))
+    return KvSize(layers=tuple(layers), logits_row=logits_V.nbytes)
 
 
 def _no_experts(lanes: Sequence[Lane], calls: Sequence[ExpertsCall]) -> list[torch.Tensor]:

@@ -49,6 +49,12 @@ def _first_problem(error: ValidationError) -> RequestError:
             " those which an SDK sends as extra_body, rather than ignore them.",
             param=param,
         )
+    if problem["type"] == "missing":
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
+    if problem["type"] == "too_short":
+        return InvalidRequest(f"'{param}' must have {problem['ctx']['min_length']} or more items.", param=param)
+    if problem["type"] == "too_long":
+        return InvalidRequest(f"'{param}' must have at most {problem['ctx']['max_length']} items.", param=param)
     return InvalidRequest(f"Invalid value for '{param}': {problem['msg']}.", param=param)
 
 

@@ -20,7 +20,7 @@ from odmoe_server.openai.generating import Generating, seeded
 from odmoe_server.openai.reading import Reading, check_size
 from odmoe_server.openai.render import Extras, Letterhead
 from odmoe_server.openai.schemas import ChatRequest
-from odmoe_server.openai.structured import schema_of
+from odmoe_server.openai.token_choice import token_bound
 from odmoe_server.openai.tools_format import ToolFormat
 from odmoe_server.openai.tools_kit import ToolKit
 from odmoe_server.openai.tools_messages import for_template
@@ -74,7 +74,8 @@ class ChatService:
         options = chat.tool_options
         sampling = replace(
             chat.sampling(self.catalog.sampling, vocab_size=self.answerer.text.vocab_size),
-            constraint=await self.kit.constraint(options, schema=schema_of(chat.response_format)),
+            constraint=await self.kit.constraint(options, form=chat.form)
+            or await token_bound(chat, text=self.answerer.text),
         )
         prompt_ids = await self.prompt_ids(chat)
         max_tokens = self.answerer.room(prompt_ids, wanted=chat.token_limit, param="messages")
@@ -86,7 +87,7 @@ class ChatService:
                     prompt_ids=prompt_ids,
                     max_tokens=max_tokens,
                     sampling=seeded(sampling, number=number),
-                    tenant=tenant,
+                    tenant=chat.within(tenant),
                     alpha=chat.expert_substitution,
                     prompt_logprobs=chat.num_prompt_logprobs,
                     routed_experts=bool(chat.return_routed_experts),
@@ -99,7 +100,9 @@ class ChatService:
 
     async def prompt_ids(self, chat: ChatRequest) -> tuple[int, ...]:
         """Token ids of the conversation, its tools told in it. Raises InvalidRequest."""
-        return await self.kit.prompt_ids(for_template(chat.messages), offered=chat.tool_options.offered)
+        messages, offered = for_template(chat.messages), chat.tool_options.offered
+        rendering = chat.rendering(messages)
+        return chat.truncated(await self.kit.prompt_ids(messages, offered=offered, rendering=rendering))
 
 
 def letterhead(prefix: str, model: str, *, catalog: Catalog, request: Request) -> Letterhead:

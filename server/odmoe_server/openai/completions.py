@@ -21,6 +21,9 @@ from odmoe_server.openai.generating import seeded
 from odmoe_server.openai.reading import Reading, check_size, offsets
 from odmoe_server.openai.render import Extras, Letterhead
 from odmoe_server.openai.schemas import CompletionRequest, Prompt
+from odmoe_server.openai.token_choice import token_bound
+from odmoe_server.openai.tools import ToolOptions
+from odmoe_server.openai.tools_kit import ToolKit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class CompletionService:
 
     answerer: Answerer
     catalog: Catalog
+    kit: ToolKit
 
     async def answer(self, asked: CompletionRequest, *, request: Request) -> Response:
         """The response, or an exception from the error table. `request` tells whether the client is still there."""
@@ -36,8 +40,12 @@ class CompletionService:
         asked.check(self.answerer.limits)
         num_each = asked.n or 1
         self.answerer.check_ready(num_answers=num_each * len(asked.prompts))
-        sampling = asked.sampling(self.catalog.sampling, vocab_size=self.answerer.text.vocab_size)
-        prompts = [await self._ids(prompt, asked) for prompt in asked.prompts]
+        sampling = replace(
+            asked.sampling(self.catalog.sampling, vocab_size=self.answerer.text.vocab_size),
+            constraint=await self.kit.constraint(ToolOptions(), form=asked.form)
+            or await token_bound(asked, text=self.answerer.text),
+        )
+        prompts = [asked.truncated(await self._ids(prompt, asked)) for prompt in asked.prompts]
         head = letterhead("cmpl", asked.model, catalog=self.catalog, request=request)
         jobs = [
             replace(
@@ -48,7 +56,7 @@ class CompletionService:
                         prompt_ids=ids,
                         max_tokens=self.answerer.room(ids, wanted=asked.token_limit, param="prompt"),
                         sampling=seeded(sampling, number=choice),
-                        tenant=tenant(request),
+                        tenant=asked.within(tenant(request)),
                         alpha=asked.expert_substitution,
                         prompt_logprobs=asked.num_prompt_logprobs,
                         routed_experts=bool(asked.return_routed_experts),

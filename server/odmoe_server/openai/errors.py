@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from odmoe_server.engine_api import GenerationFailed, NotReady, QueueFull
+from odmoe_server.engine_api import GenerationFailed, NotReady, QueueFull, TooLarge
 from odmoe_server.pump import NotBegun, NotEnded
 
 NOT_READY_RETRY_S = 5
@@ -94,6 +94,7 @@ TABLE: Mapping[type[Exception], Row] = {
     UnsupportedParameter: Row(400, _CLIENT, "unsupported_parameter"),
     UnknownParameter: Row(400, _CLIENT, "unknown_parameter"),
     MalformedBody: Row(400, _CLIENT, "malformed_body"),
+    TooLarge: Row(400, _CLIENT, "too_large"),
     ContextTooLong: Row(400, _CLIENT, "context_length_exceeded"),
     BadKey: Row(401, _CLIENT, "invalid_api_key"),
     UntrustedHost: Row(403, _CLIENT, "host_not_allowed"),
@@ -144,7 +145,16 @@ def _headers(error: Exception) -> dict[str, str]:
 def from_framework(error: HTTPException, *, method: str, path: str) -> RequestError:
     """The router's own refusals in our terms."""
     if error.status_code == 404:
-        return UnknownRoute(f"Unknown request URL: {method} {path}. The routes are listed at /openapi.json.")
+        return UnknownRoute(
+            f"Unknown request URL: {method} {path}.{_hint(path)} The routes are listed at /openapi.json."
+        )
     if error.status_code == 405:
         return WrongMethod(f"{path} does not take {method}.")
     return InvalidRequest(str(error.detail))
+
+
+def _hint(path: str) -> str:
+    """What is often wrong with an address."""
+    if path.startswith("/v1/v1/"):
+        return " It has /v1 twice: clients that add it themselves want a base URL without."
+    return " Leave out the slash at its end." if path.endswith("/") and path != "/" else ""

@@ -4,6 +4,7 @@ A known field is implemented or refused by name, never accepted and ignored: it 
 which says what we do anyway. Knows names and values; does not know pydantic.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,31 +15,18 @@ Neutral = tuple[Any, ...]
 # Field -> the values that change nothing. Null is always one of them. These are vLLM's, SGLang's and llama.cpp's,
 # refused wherever text is generated.
 _EXTENSIONS: Final[Mapping[str, Neutral]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "cache_salt": (),
-    "ebnf": (),
-    "grammar": (),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
-    "json_schema": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "lora_path": (),
     "priority": (0,),
-    "regex": (),
     "repetition_detection": (),
     "request_id": (),  # the header x-request-id is taken
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
@@ -52,12 +40,9 @@ CHAT_FIELDS: Mapping[str, Neutral] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "include_reasoning": (),
@@ -68,7 +53,6 @@ CHAT_FIELDS: Mapping[str, Neutral] = {
 COMPLETION_FIELDS: Mapping[str, Neutral] = {
     "best_of": (1,),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     **_EXTENSIONS,
 }
@@ -110,4 +94,4 @@ def _asks_nothing(value: Any, *, neutral: Neutral) -> bool:
 
 
 def _allowed(neutral: Neutral) -> str:
-    return f" (only {' or '.join(repr(value) for value in neutral)} is)" if neutral else ""
+    return f" (only {' or '.join(json.dumps(value) for value in neutral)} is)" if neutral else ""

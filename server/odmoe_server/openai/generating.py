@@ -13,10 +13,14 @@ from odmoe_server.limits import ServiceLimits
 from odmoe_server.openai.body import Body
 from odmoe_server.openai.errors import InvalidRequest
 from odmoe_server.openai.fields import STREAM_OPTION_FIELDS, without_neutral
+from odmoe_server.openai.forms import Formed
 
 MAX_STOP_CHARS: Final = 1000
 MAX_TOP_LOGPROBS: Final = 20
+MAX_BAD_WORDS: Final = 64  # of which each forbids two tokens at most, so that some are left
+MAX_SALT_CHARS: Final = 256
 _INT64: Final = 2**63
+_Word = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -28,7 +32,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class Generating(Body):
+class Generating(Formed):
     """Base of the requests for text. Those with no default of OpenAI's take the model's own."""
 
     model: str
@@ -60,6 +64,12 @@ class Generating(Body):
     return_token_ids: bool | None = None
     return_routed_experts: bool | None = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    # vLLM's: tokens the answer is made of, words it must not have, how much of the prompt's end is taken, and who
+    # else's prompts may speed this one up: those with the same salt.
+    allowed_token_ids: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
+    bad_words: Annotated[tuple[_Word, ...], Field(max_length=MAX_BAD_WORDS, strict=False)] | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1)
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     # Accepted because it does not touch the answer.
     user: str | None = None
 
@@ -129,6 +139,36 @@ class Generating(Body):
             raise InvalidRequest("'min_tokens' must not be more than 'max_tokens'.", param="min_tokens")
         if self.expert_substitution and not limits.substitutes:
             raise InvalidRequest("This server replaces no experts.", param="expert_substitution")
+        self._check_bounds()
+
+    @property
+    def bound(self) -> str | None:
+        """The field that says of what the answer is made, if one does. Raises InvalidRequest if several do."""
+        form = self.form
+        found = [] if form is None else [form.param]
+        found += [name for name in ("allowed_token_ids", "bad_words") if getattr(self, name)]
+        if len(found) > 1:
+            text = f"'{found[1]}' cannot be followed together with '{found[0]}'. Leave one of them out."
+            raise InvalidRequest(text, param=found[1])
+        return found[0] if found else None
+
+    def _check_bounds(self) -> None:
+        if self.bound is not None and self.form is not None:
+            self.check_end()
+
+    def check_end(self) -> None:
+        """Of an answer whose form says where it ends. Raises InvalidRequest."""
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise InvalidRequest(f"'{name}' contradicts the end of a call or of an answer's form.", param=name)
+
+    def within(self, tenant: str) -> str:
+        """Whose prompts this one may share the computed heads of: the tenant's, with the same salt."""
+        return tenant if self.cache_salt is None else f"{tenant}\n{self.cache_salt}"
+
+    def truncated(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """As much of the prompt's end as was asked for."""
+        return prompt_ids if self.truncate_prompt_tokens is None else prompt_ids[-self.truncate_prompt_tokens :]
 
     def _biases(self, vocab_size: int) -> tuple[tuple[int, float], ...]:
         return tuple((_token_id(key, vocab_size), bias) for key, bias in (self.logit_bias or {}).items())

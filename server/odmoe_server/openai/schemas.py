@@ -9,7 +9,7 @@ from odmoe_server.openai.body import Body
 from odmoe_server.openai.errors import InvalidRequest, UnsupportedParameter
 from odmoe_server.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, without_neutral
 from odmoe_server.openai.generating import MAX_TOP_LOGPROBS, Generating, check_choices
-from odmoe_server.openai.structured import ResponseFormat, schema_of
+from odmoe_server.openai.templated import Templated
 from odmoe_server.openai.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice, ToolOptions
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for text completions
@@ -57,14 +57,13 @@ def _check_number(messages: tuple[ChatMessage, ...], limits: ServiceLimits) -> N
         raise InvalidRequest(f"This server takes at most {limits.max_messages} messages.", param="messages")
 
 
-class ChatRequest(Generating):
+class ChatRequest(Templated, Generating):
     """Body of POST /v1/chat/completions."""
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
     tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -107,11 +106,15 @@ class ChatRequest(Generating):
         offered = self.tool_options.offered
         if self.logprobs and offered:
             raise UnsupportedParameter("'logprobs' together with 'tools' is not supported.", param="logprobs")
-        if not offered and schema_of(self.response_format) is None:
+        if not offered:
             return
-        for name in ("ignore_eos", "min_tokens"):
-            if getattr(self, name):
-                raise InvalidRequest(f"'{name}' contradicts the end of a call or of JSON.", param=name)
+        self.check_end()
+        bound, form = self.bound, self.form
+        if bound is not None and (form is None or form.schema is None):
+            raise UnsupportedParameter(f"'{bound}' together with 'tools' is not supported.", param=bound)
+        if self.continue_final_message:
+            text = "'continue_final_message' together with 'tools' is not supported."
+            raise UnsupportedParameter(text, param="continue_final_message")
 
     @model_validator(mode="before")
     @classmethod
@@ -230,6 +233,13 @@ class CompletionRequest(Generating):
         return without_neutral(body, not_yet=COMPLETION_FIELDS)
 
     @model_validator(mode="after")
+    def _an_echo_is_whole(self) -> Self:
+        if self.echo and self.truncate_prompt_tokens is not None:
+            text = "'truncate_prompt_tokens' together with 'echo' is not supported."
+            raise UnsupportedParameter(text, param="truncate_prompt_tokens")
+        return self
+
+    @model_validator(mode="after")
     def _no_tokens_only_of_a_prompt(self) -> Self:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             text = "'max_tokens' may be 0 only with 'echo' or 'prompt_logprobs'."
@@ -257,14 +267,13 @@ def _are_ids(items: list[Any]) -> bool:
     return all(type(item) is int and item >= 0 for item in items)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Templated):
     """Body of POST /tokenize, in vLLM's words (`prompt` or `messages`) or llama.cpp's (`content`)."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
     content: str | None = None
     add_special: bool | None = None
@@ -287,7 +296,13 @@ class TokenizeRequest(Body):
         return self
 
 
-_OPTION_OF = {"add_special_tokens": "prompt", "add_generation_prompt": "messages", "add_special": "content"}
+_OPTION_OF = {
+    "add_special_tokens": "prompt",
+    "add_generation_prompt": "messages",
+    "continue_final_message": "messages",
+    "chat_template_kwargs": "messages",
+    "add_special": "content",
+}
 
 
 class DetokenizeRequest(Body):

@@ -40,8 +40,8 @@ class TokenService:
 
     async def _ids(self, asked: TokenizeRequest) -> tuple[int, ...]:
         if asked.messages is not None:
-            begin_answer = asked.add_generation_prompt is not False
-            return await self.kit.prompt_ids(for_template(asked.messages), add_generation_prompt=begin_answer)
+            messages = for_template(asked.messages)
+            return await self.kit.prompt_ids(messages, rendering=asked.rendering(messages))
         if asked.content is not None:
             return await self.text.encode(asked.content, add_special_tokens=bool(asked.add_special))
         return await self.text.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens is not False)

@@ -9,10 +9,11 @@ from typing import Any
 from odmoe_server.engine_api import Constraint
 from odmoe_server.grammars import GrammarError, Grammars
 from odmoe_server.openai.errors import InvalidRequest
-from odmoe_server.openai.structured import JsonSchema, grammar_of_schema
+from odmoe_server.openai.forms import Form
+from odmoe_server.openai.structured import grammar_of_schema
 from odmoe_server.openai.tools import Tool, ToolOptions, check_schemas, grammar_of_calls
 from odmoe_server.openai.tools_format import Message, ToolFormat, learn, plain
-from odmoe_server.text import TextCodec, TextError
+from odmoe_server.text import Rendering, TextCodec, TextError
 
 
 class ToolKit:
@@ -25,7 +26,7 @@ class ToolKit:
         self._form: ToolFormat | None = None
 
     async def prompt_ids(
-        self, messages: Sequence[Message], *, offered: Sequence[Tool] = (), add_generation_prompt: bool = True
+        self, messages: Sequence[Message], *, offered: Sequence[Tool] = (), rendering: Rendering | None = None
     ) -> tuple[int, ...]:
         """Token ids of a conversation in which tools may be told, called and answered. Raises `InvalidRequest`."""
         tools: list[dict[str, Any]] | None = [tool.for_template() for tool in offered] or None
@@ -33,9 +34,10 @@ class ToolKit:
         if (tools or with_calls) and not (await self.form()).native:
             messages, tools = plain(messages, tools or ()), None
         try:
-            return await self._text.prompt_ids(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            return await self._text.prompt_ids(messages, tools=tools, rendering=rendering)
         except TextError as error:
-            raise InvalidRequest(str(error), param="messages") from error
+            param = "messages" if error.variable is None else f"chat_template_kwargs.{error.variable}"
+            raise InvalidRequest(str(error), param=param) from error
 
     async def form(self) -> ToolFormat:
         """How this model writes calls."""
@@ -44,37 +46,37 @@ class ToolKit:
             self._form = await self._text.with_template(lambda render: learn(render, control_tokens=control_tokens))
         return self._form
 
-    async def constraint(
-        self, options: ToolOptions, *, schema: JsonSchema | None, param: str = "response_format.json_schema.schema"
-    ) -> Constraint | None:
-        """What the answer must follow: the schema named by `param`, calls, or one of the two. None if it is free.
-        Raises `InvalidRequest` for what cannot be enforced, naming the field."""
+    async def constraint(self, options: ToolOptions, *, form: Form | None) -> Constraint | None:
+        """What the answer must follow: a form, calls, or one of the two. None if it is free. Raises `InvalidRequest`
+        for what cannot be enforced, naming the field."""
         check_schemas(options.callable)
         if not options.callable:
-            return None if schema is None else await self._of_schema(schema, param)
-        form = await self.form()
+            return None if form is None else await self._of_form(form)
+        schema = None if form is None else form.schema
+        calls = await self.form()
         begins_free = not options.must_call and schema is None
-        grammar = grammar_of_calls(options, form, max_bytes=self._max_bytes, otherwise=schema, param=param)
+        param = "" if form is None else form.param
+        grammar = grammar_of_calls(options, calls, max_bytes=self._max_bytes, otherwise=schema, param=param)
         try:
-            return await self._grammars.compile(grammar, trigger=form.trigger if begins_free else "")
+            return await self._grammars.compile(grammar, trigger=calls.trigger if begins_free else "")
         except GrammarError as error:
-            await self._name_culprit(options, schema, param)
+            await self._name_culprit(options, form)
             raise InvalidRequest(f"These tools cannot be enforced together: {error}", param="tools") from None
 
-    async def _name_culprit(self, options: ToolOptions, schema: JsonSchema | None, param: str) -> None:
+    async def _name_culprit(self, options: ToolOptions, form: Form | None) -> None:
         for tool in options.callable:
             position = options.tools.index(tool)
             alone = ToolOptions(tools=(tool,), choice="required", parallel=False)
             grammar = grammar_of_calls(alone, await self.form(), max_bytes=self._max_bytes)
-            await self._compiled(grammar, f"tools[{position}].function.parameters")
-        if schema is not None:
-            await self._of_schema(schema, param)
+            await self._of_form(Form(param=f"tools[{position}].function.parameters", grammar=grammar))
+        if form is not None:
+            await self._of_form(form)
 
-    async def _of_schema(self, schema: JsonSchema, param: str) -> Constraint:
-        return await self._compiled(grammar_of_schema(schema, param=param, max_bytes=self._max_bytes), param)
-
-    async def _compiled(self, grammar: str, param: str) -> Constraint:
+    async def _of_form(self, form: Form) -> Constraint:
+        grammar = form.grammar
+        if form.schema is not None:
+            grammar = grammar_of_schema(form.schema, param=form.param, max_bytes=self._max_bytes)
         try:
-            return await self._grammars.compile(grammar)
+            return await self._grammars.compile(grammar, notation=form.notation)
         except GrammarError as error:
-            raise InvalidRequest(f"'{param}' cannot be enforced: {error}.", param=param) from None
+            raise InvalidRequest(f"'{form.param}' cannot be enforced: {error}.", param=form.param) from None
