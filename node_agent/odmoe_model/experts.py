@@ -9,6 +9,7 @@ Shape suffixes: N rows of one expert, H hidden size, I intermediate size, G gate
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from odmoe_model.family import build_config, experts_class
 from odmoe_model.manifest import Manifest
-from odmoe_model.runs import blocks_agree, linear_by_blocks, linear_together, rows_agree
+from odmoe_model.runs import blocks_agree, linear_by_blocks, linear_of_runs, most_together
 
 
 class ExpertMaths:
@@ -30,16 +31,18 @@ class ExpertMaths:
         self.up_name = "gate_up_proj" if self.experts.has_gate else "up_proj"
         in_up = {self.up_name, f"{self.up_name}_bias"}
         self.up_bytes = max(field.offset + field.size_bytes for field in manifest.record if field.name in in_up)
-        # Of the weights' names: those by which runs of one row are multiplied block by block, and in one product.
+        # Of the weights' names: those by which runs of one row are multiplied block by block; and up to how many rows
+        # of several runs in one product.
         self._by_blocks: frozenset[str] = frozenset()
-        self._together: frozenset[str] = frozenset()
+        self._together: dict[str, int] = {}
 
     def prepare_for_runs(self, fields: Mapping[str, Tensor]) -> None:
-        """Find out how runs of one row are best multiplied on this machine. Without this they are right as well."""
+        """Find out how short runs are best multiplied on this machine. Without this they are right as well."""
         if not (self.experts.is_transposed or self.experts.has_bias):
             names = (self.up_name, "down_proj")
             self._by_blocks = frozenset(name for name in names if blocks_agree(fields[name]))
-            self._together = frozenset(name for name in names if rows_agree(fields[name]))
+            found = {name: most_together(fields[name]) for name in names}
+            self._together = {name: most for name, most in found.items() if most > 1}
 
     def rows(self, fields: Mapping[str, Tensor], x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """The unweighted output [N, H] of the expert whose parameters are `fields` (see `record_fields`) for
@@ -76,8 +79,9 @@ class ExpertMaths:
         weight, bias = fields[name], fields[f"{name}_bias"] if self.experts.has_bias else None
         if len(runs) < 2:
             return self.linear(x, weight, bias)
-        if name in self._together and max(runs) == 1:
-            return linear_together(x, weight)
+        if (most := self._together.get(name, 1)) >= min(runs) and most > 1:
+            alone = partial(self.linear, weight=weight, bias=bias)
+            return linear_of_runs(x, weight, runs, most=most, alone=alone)
         if name in self._by_blocks and max(runs) == 1:
             return linear_by_blocks(x, weight)
         return torch.cat([self.linear(run, weight, bias) for run in torch.split(x, list(runs))])

@@ -14,8 +14,9 @@ eight 4.5; one after the other 2.1, 4.2 and 8.5 ms. On a core with AMX, bfloat16
 Shape suffixes: R rows, K inputs, M outputs, B outputs of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -28,33 +29,56 @@ BLOCK_STEP = 32
 MOST_ROWS = 8
 # Rows of one product, at most, where that gives the same bits; every number up to it is tried out.
 MOST_TOGETHER = 16
+# The same of prompts, of which an expert has some rows each; the kernels of AMX agree up to 32 or 36.
+MOST_OF_PROMPTS = 32
 # Powers of two by which the numbers of a trial differ, so that sums in another order cannot look the same.
 _SPREAD = 12
 
 
-def linear_together(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """Rows [R, ..., K] times the weight in as few products as are tried out. For weights that `rows_agree`."""
-    if x.shape[0] <= MOST_TOGETHER:
+def linear_together(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None, *, most: int = MOST_TOGETHER) -> Tensor:
+    """Rows [R, ..., K] times the weight in products of at most so many. For weights that `rows_agree`."""
+    if x.shape[0] <= most:
         return torch.nn.functional.linear(x, weight_MK, bias_M)
-    return torch.cat([torch.nn.functional.linear(part, weight_MK, bias_M) for part in torch.split(x, MOST_TOGETHER)])
+    return torch.cat([torch.nn.functional.linear(part, weight_MK, bias_M) for part in torch.split(x, most)])
 
 
-def rows_agree(weight_MK: Tensor, bias_M: Tensor | None = None) -> bool:
-    """Whether on this machine a product of up to `MOST_TOGETHER` rows gives each of them the bits it has alone, for
-    weights of this one's shape and type (its contents do not matter) and as many threads as there are now."""
+def rows_agree(weight_MK: Tensor, bias_M: Tensor | None = None, *, most: int = MOST_TOGETHER) -> bool:
+    """Whether on this machine a product of up to `most` rows gives each of them the bits it has alone, for weights of
+    this one's shape and type (its contents do not matter) and as many threads as there are now."""
     if weight_MK.dtype is not torch.bfloat16 or weight_MK.device.type not in ("cpu", "meta"):
         return False  # tried for float32: no kernel has it, and blocks serve
-    return _agree_together(*weight_MK.shape, has_bias=bias_M is not None, num_threads=torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return _agree_together(*weight_MK.shape, most=most, has_bias=bias_M is not None, num_threads=threads)
+
+
+def most_together(weight_MK: Tensor) -> int:
+    """Up to how many rows, whosever they are, `rows_agree`; 1 if none do."""
+    return next((most for most in (MOST_OF_PROMPTS, MOST_TOGETHER) if rows_agree(weight_MK, most=most)), 1)
+
+
+def linear_of_runs(
+    x: Tensor, weight_MK: Tensor, runs: Sequence[int], *, most: int, alone: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Each run of the rows [N, K] times the weight: those of up to `most` rows, for which products of so many are known
+    to agree, in as few products as that allows, and `alone` those that are longer."""
+    products: list[Tensor] = []
+    for is_short, group in groupby(zip(runs, torch.split(x, list(runs)), strict=True), lambda run: run[0] <= most):
+        parts = [part for _, part in group]
+        if is_short:
+            products.append(linear_together(torch.cat(parts), weight_MK, most=most))
+        else:
+            products += map(alone, parts)
+    return torch.cat(products)
 
 
 @cache
-def _agree_together(num_outputs: int, num_inputs: int, *, has_bias: bool, num_threads: int) -> bool:
+def _agree_together(num_outputs: int, num_inputs: int, *, most: int, has_bias: bool, num_threads: int) -> bool:
     dice = torch.Generator().manual_seed(num_threads)
     # Of very unlike size, large ones cancelling: there the order of additions shows.
     spread_K = torch.randint(-_SPREAD, _SPREAD + 1, (num_inputs,), generator=dice).float().exp2()
     weight_MK = torch.randn(num_outputs, num_inputs, dtype=torch.bfloat16, generator=dice).mul_(spread_K)
     bias_M = torch.randn(num_outputs, dtype=torch.bfloat16, generator=dice) if has_bias else None
-    x_RK = torch.randn(MOST_TOGETHER, num_inputs, generator=dice).mul_(spread_K.roll(1)).bfloat16()
+    x_RK = torch.randn(most, num_inputs, generator=dice).mul_(spread_K.roll(1)).bfloat16()
     linear = torch.nn.functional.linear
     alone_RM = torch.cat([linear(x_1K, weight_MK, bias_M) for x_1K in torch.split(x_RK, 1)])
     if not torch.equal(
@@ -62,9 +86,9 @@ def _agree_together(num_outputs: int, num_inputs: int, *, has_bias: bool, num_th
     ):
         return False
     return all(
-        torch.equal(linear_together(x_RK[:rows], weight_MK, bias_M), alone_RM[:rows])
-        and torch.equal(linear_together(x_RK[:rows, None], weight_MK, bias_M)[:, 0], alone_RM[:rows])
-        for rows in range(2, MOST_TOGETHER + 1)
+        torch.equal(linear_together(x_RK[:rows], weight_MK, bias_M, most=most), alone_RM[:rows])
+        and torch.equal(linear_together(x_RK[:rows, None], weight_MK, bias_M, most=most)[:, 0], alone_RM[:rows])
+        for rows in range(2, most + 1)
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from odmoe_server.engine import loop
 from odmoe_server.engine.kv import KvSize
 from odmoe_server.engine.loop import Loaded
 from odmoe_server.engine.sampling import Sampler
@@ -150,6 +151,20 @@ def test_those_that_run_together_take_steps_together_and_join_and_leave_between_
         assert r.loop.health().kv_reserved_bytes == 0
 
     serve(scenario, max_running=4, prefill_chunk=8)
+
+
+def test_who_asks_an_idle_server_at_the_same_time_begins_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting ends when no more have room, here long before its time."""
+    monkeypatch.setattr(loop, "COMPANY_S", 10.0)
+    monkeypatch.setattr(loop, "MOST_COMPANY_S", 10.0)
+
+    async def scenario(r: Running) -> None:
+        for first in (1, 4):
+            await asyncio.gather(*(collect(r.loop.generate(request(5, max_tokens=1))) for _ in range(3)))
+            assert r.stepper.batches[-1] == [first, first + 1, first + 2]
+        assert len(r.stepper.batches) == 2
+
+    serve(scenario, prefill_chunk=8, max_running=3)
 
 
 def test_who_does_not_fit_waits_in_line_and_comes_in_time() -> None:

@@ -105,23 +105,23 @@ def test_rows_of_fewer_bits_get_the_bits_of_each_alone(
 ) -> None:
     assert not by_blocks.blocks_agree(torch.zeros(64, 64, dtype=torch.bfloat16))
     if not together:
-        monkeypatch.setattr(by_blocks, "_agree_together", lambda *shape, has_bias, num_threads: False)
+        monkeypatch.setattr(by_blocks, "_agree_together", lambda *shape, most, has_bias, num_threads: False)
     maths = ExpertMaths(store.manifest)
     fields = {name: field.to(torch.bfloat16) for name, field in store.fields(store.record(0, 3)).items()}
     maths.prepare_for_runs(fields)
     assert together or not maths._together
-    for num_rows in (3, 40):
-        x_NH = random_rows(store, (1,) * num_rows, dtype=torch.bfloat16)
-        expected_NH = torch.cat([maths.rows(fields, x_1H) for x_1H in torch.split(x_NH, 1)])
-        assert torch.equal(maths.rows(fields, x_NH, (1,) * num_rows), expected_NH)
+    for runs in ((1,) * 3, (1,) * 40, (11, 7, 20), (3, 50, 2, 9), (33, 33), (64, 1)):
+        x_NH = random_rows(store, runs, dtype=torch.bfloat16)
+        expected_NH = torch.cat([maths.rows(fields, x_RH) for x_RH in torch.split(x_NH, list(runs))])
+        assert torch.equal(maths.rows(fields, x_NH, runs), expected_NH), runs
 
 
 def test_no_machine_is_trusted_whose_rows_round_otherwise_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product of several rows that adds in another order, as it does in other shapes, must be noticed although the
     result has few bits."""
-    weight_MK = torch.zeros(96, 64, dtype=torch.bfloat16)
+    weight_MK = torch.zeros(768, 512, dtype=torch.bfloat16)  # of few numbers few would show it
 
-    def halves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def halves(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, most: int) -> Tensor:
         parts = zip(x.float().chunk(2, -1), weight.float().chunk(2, -1), strict=True)
         first, second = (part @ half.T for part, half in parts)
         return (first + second).bfloat16()
@@ -136,6 +136,28 @@ def test_no_machine_is_trusted_whose_rows_round_otherwise_together(monkeypatch: 
 
 def test_rows_are_never_tried_together_in_full_precision() -> None:
     assert not by_blocks.rows_agree(torch.zeros(64, 64))
+    assert by_blocks.most_together(torch.zeros(64, 64)) == 1
+
+
+def test_short_runs_share_products_and_long_ones_stay_alone() -> None:
+    """Counted in calls: what a run costs beyond its share of a product is the weight coming from memory again."""
+    shapes: list[tuple[str, int]] = []
+    weight_MK = torch.ones(4, 8)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(("together", len(x)))
+        return x @ weight.T
+
+    def alone(x: Tensor) -> Tensor:
+        shapes.append(("alone", len(x)))
+        return x @ weight_MK.T
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        x_NK = torch.arange(62.0)[:, None].expand(62, 8)
+        found_NM = by_blocks.linear_of_runs(x_NK, weight_MK, (10, 9, 8, 7, 17, 2, 9), most=16, alone=alone)
+    assert shapes == [("together", 16), ("together", 16), ("together", 2), ("alone", 17), ("together", 11)]
+    assert torch.equal(found_NM, x_NK @ weight_MK.T)
 
 
 def test_slices_of_an_expert_are_brought_once_for_all_runs(store: ExpertStore) -> None:

@@ -32,6 +32,7 @@ from odmoe_server.engine_api import (
     QueueFull,
     ReadPrompt,
     Token,
+    TooLarge,
 )
 from odmoe_server.moe.tally import Tally
 
@@ -39,6 +40,10 @@ log = logging.getLogger(__name__)
 
 # How long an idle loop sleeps at most before it looks whether it should stop.
 IDLE_S = 1.0
+# An idle loop waits so long for others who ask at the same time, and as long again while any come: prompts that begin
+# together share the experts that are loaded and the products they are multiplied in.
+COMPANY_S = 0.005
+MOST_COMPANY_S = 0.05
 # Of the memory for keys and values, what prompt heads that may come again may take.
 PREFIX_SHARE = 0.25
 
@@ -171,6 +176,7 @@ class DecodeLoop:
         with self._changed:
             if self._state != "ready":
                 raise NotReady(self._detail)
+            _refuse_what_never_fits(request, self._loaded)
             if len(self._queue) >= self._limits.max_queued and not self._has_room():
                 raise QueueFull(f"{len(self._queue)} requests are waiting already", retry_after_s=2.0)
             self._last_sequence_id += 1
@@ -242,8 +248,8 @@ class DecodeLoop:
     def _turn(self) -> None:
         """Let go of who went away, take in who has room, and take one step with some of those that run."""
         with self._changed:
-            if not self._queue and not self._running:
-                self._changed.wait(IDLE_S)
+            if not self._running:
+                self._await_company()
             for sequence in [sequence for sequence in self._queue if sequence.cancelled]:
                 self._queue.remove(sequence)
                 self._tell_left(sequence)
@@ -261,11 +267,20 @@ class DecodeLoop:
         elif batch:
             self._step(batch)
 
+    def _await_company(self) -> None:
+        """Sleep until somebody asks, and a little longer if others do too. Holds `_changed`."""
+        if not self._queue and not self._changed.wait(IDLE_S):
+            return
+        until_s = time.monotonic() + MOST_COMPANY_S
+        while self._state == "ready" and len(self._queue) < self._limits.max_running and time.monotonic() < until_s:
+            if not self._changed.wait(COMPANY_S):
+                return
+
     def _admit(self, sequence: Sequence) -> bool:
         """First come, first served: who does not fit waits, and those behind too."""
         assert self._loaded is not None
         request = sequence.request
-        need_bytes = self._loaded.kv_size.bytes_for(len(request.prompt_ids) + request.max_tokens)
+        need_bytes = _need_bytes(request, self._loaded)
         if self._prefix is not None:
             self._prefix.shrink(self._room.budget_bytes - self._room.reserved_bytes - need_bytes)
         beside_bytes = self._prefix.used_bytes if self._prefix is not None else 0
@@ -356,13 +371,13 @@ class DecodeLoop:
             if self._prefix is not None:
                 self._prefix.keep(sequence.request.tenant, sequence.request.prompt_ids, sequence.cache)
         if sequence.finish_reason is not None:
+            self._leave([sequence])  # first: who has heard the end may look whether anything is left
             sequence.deliver_end()
-            self._leave([sequence])
 
     def _fail(self, sequences: list[Sequence], error: EngineError) -> None:
+        self._leave(sequences)
         for sequence in sequences:
             sequence.outbox.put(error)
-        self._leave(sequences)
 
     def _leave(self, sequences: list[Sequence]) -> None:
         """They are over: give back what they held, here and on every node."""
@@ -387,3 +402,26 @@ class DecodeLoop:
             sequence.outbox.put(NotReady(self._detail))
         self._give_up_prompts()
         self._fail(list(self._running), NotReady(self._detail))
+
+
+def _need_bytes(request: GenerationRequest, loaded: Loaded) -> int:
+    """What a request can come to at most: keys and values, and its prompt's logits where they are told of."""
+    num_prompt = len(request.prompt_ids)
+    need_bytes = loaded.kv_size.bytes_for(num_prompt + request.max_tokens)
+    if request.prompt_logprobs is None:
+        return need_bytes
+    return need_bytes + loaded.kv_size.bytes_of_reading(num_prompt, chunk=loaded.prefill_chunk)
+
+
+def _refuse_what_never_fits(request: GenerationRequest, loaded: Loaded) -> None:
+    """Raises TooLarge for what would wait for ever, and those behind it too. Keys and values alone always fit, as the
+    context is no longer than they may become."""
+    if request.prompt_logprobs is None:
+        return
+    need_bytes = _need_bytes(request, loaded)
+    if need_bytes > loaded.kv_budget_bytes:
+        raise TooLarge(
+            f"With log probabilities of its prompt, this request can take {need_bytes} bytes, more than the"
+            f" {loaded.kv_budget_bytes} this server has for keys, values and logits. Leave 'prompt_logprobs' or 'echo'"
+            " out, or shorten the prompt or 'max_tokens'."
+        )
