@@ -14,7 +14,7 @@ MODEL ?=
 ARGS ?=
 # Requests that fuzz makes to each address, as many valid as invalid ones.
 EXAMPLES ?= 200
-# Processes that share the tests that are not slow.
+# Processes that share the tests, those marked `alone` excepted.
 WORKERS ?= 2
 PYTHON ?=
 # An extra package index to take torch from, such as https://download.pytorch.org/whl/cpu (see README.md).
@@ -72,7 +72,8 @@ test: $(READY) ## the whole test suite; with ARGS=, what they name, one after th
 	@export OMP_NUM_THREADS=1
 	if [ -n "$(strip $(ARGS))" ]; then exec $(BIN)/python -m pytest -q $(ARGS); fi
 	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal
-	exec $(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not alone" -n $(WORKERS) --dist worksteal
+	exec $(BIN)/python -m pytest -q -m alone
 
 .PHONY: quick
 quick: $(READY) ## the tests that start no real processes and no default model (ARGS=)

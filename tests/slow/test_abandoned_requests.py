@@ -15,7 +15,8 @@ from support.http_app import MODEL, asking
 from support.http_served import running, until
 from support.scripted_engine import ScriptedEngine, words
 
-pytestmark = pytest.mark.slow
+# Alone: it is an answer's time that is looked at.
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 NUM_CLIENTS = 200
 AT_ONCE_S = 1.0
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

@@ -94,6 +94,7 @@ def _until_it_answers(url: str, server: roles.Process, *, timeout_s: float) -> N
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_more_clients_than_file_descriptors(crowded: tuple[roles.Process, str]) -> None:
     server, url = crowded
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
