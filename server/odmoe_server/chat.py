@@ -131,6 +131,12 @@ class _reachable:  # noqa: N801 - reads as a statement
             case httpx.ConnectError():
                 where = f"{error.request.url.scheme}://{error.request.url.netloc.decode()}"
                 raise ChatError(f"no server at {where}; start one: odmoe serve") from None
+            case httpx.UnsupportedProtocol():
+                raise ChatError("--url begins with http:// or https://, such as http://127.0.0.1:8000") from None
+            case httpx.TimeoutException():
+                raise ChatError("the server is silent; see what it does: odmoe status") from None
+            case httpx.RemoteProtocolError() | httpx.ReadError():
+                raise ChatError("the server went away; start it again, or see what its terminal says") from None
             case httpx.HTTPError() | KeyError() | ValueError():
                 raise ChatError(f"this does not look like a server of OpenAI's API: {error!r}") from error
 
@@ -142,7 +148,8 @@ def _refuse_errors(response: httpx.Response) -> None:
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
+        where = f"{response.url.scheme}://{response.url.netloc.decode()}"
+        message = f"{where} does not answer as OpenAI's API does; name an odmoe server with --url"
     raise ChatError(f"{message} (status {response.status_code})")
 
 

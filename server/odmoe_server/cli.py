@@ -64,7 +64,10 @@ def serve(context: typer.Context) -> None:
     chosen = settings.parse(ServeSettings, context.args, prog="odmoe serve")
     console = Console(stderr=True)
     with one_line_errors():
-        console.print(settings.table(chosen, title="odmoe serve"))
+        if chosen.log_level == "debug":
+            console.print(settings.table(chosen, title="odmoe serve"))
+        else:
+            console.print(settings.summary(chosen, prog="odmoe serve"), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(launch.serve(chosen, console=console))
 
 
@@ -209,7 +212,9 @@ def status(
     from odmoe_server.status import terminal
 
     with one_line_errors():
-        terminal.show(url, api_key=api_key, once=once, as_json=as_json, console=Console())
+        console = Console()
+        # Into a pipe or a file goes one picture: nobody is there to end it.
+        terminal.show(url, api_key=api_key, once=once or not console.is_terminal, as_json=as_json, console=console)
 
 
 @app.command()
@@ -267,6 +272,12 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, BuiltinError, ChatError) as error:
         logging.getLogger(__name__).debug("the whole trace:", exc_info=True)
         _fail(str(error), status=FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        logging.getLogger(__name__).debug("the whole trace:", exc_info=True)
+        advice = "see whether the path is right, may be written by you, and has room on its disk"
+        _fail(f"cannot use {error.filename}: {error.strerror}; {advice}", status=FAILED)
     except KeyboardInterrupt:
         _fail("interrupted", status=INTERRUPTED)
 

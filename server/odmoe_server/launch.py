@@ -39,7 +39,8 @@ PROBE_TIMEOUT_S = 2.0
 PREPARE_STOP_S = 10.0
 # A predictor of a large model takes minutes to load; serving begins without it.
 PATIENCE_S = 120.0
-IMPORTANT = (" WARNING ", " ERROR ", " CRITICAL ")
+GRAVE = (" ERROR ", " CRITICAL ")
+IMPORTANT = (" WARNING ", *GRAVE)
 NUM_LAST_WORDS = 30
 
 
@@ -104,11 +105,14 @@ class Voices:
     console: Console
     all_of_it: bool
     with_names: bool = True
+    # Once all of it ends on request, what the others say of that is no news.
+    ending: bool = False
     _kept: dict[str, deque[str]] = field(default_factory=dict)
 
     def forward(self, name: str, line: str) -> None:
         """Called from the child's own thread."""
-        if name == "server" or self.all_of_it or any(word in line for word in IMPORTANT):
+        important = GRAVE if self.ending else IMPORTANT
+        if name == "server" or self.all_of_it or any(word in line for word in important):
             self._print(name, line)
         else:
             self._kept.setdefault(name, deque(maxlen=NUM_LAST_WORDS)).append(line)
@@ -147,6 +151,7 @@ class Launcher:
             return self._watch(supervisor, peers=[spec.name for spec in specs if spec.name != "server"])
         finally:
             asked = self.signals.count
+            voices.ending = asked > 0
             supervisor.stop(hurry=lambda: self.signals.count > asked)
 
     def _watch(self, supervisor: Supervisor, *, peers: Sequence[str]) -> int:

@@ -156,7 +156,10 @@ def _hub_snapshot(model: str, *, offline: bool) -> Path | None:
     except LocalEntryNotFoundError as error:
         if offline:
             return None
-        raise ModelError(f"the hub cannot be reached from here, and {model} is not in its cache ({error})") from error
+        raise ModelError(
+            f"the hub cannot be reached from here, and {model} is not in its cache: mend the network, or give the"
+            " directory of a checkpoint that was downloaded elsewhere"
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"the hub did not give {model}: {error}") from error
     return Path(directory)

@@ -145,6 +145,17 @@ def test_keys_are_made_once(tmp_path: Path) -> None:
     assert RUNNER.invoke(cli.app, ["keys", "k", "--nodes", "2"]).output == ""
 
 
+def test_a_place_that_cannot_be_used_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    asked = subprocess.run(
+        [sys.executable, "-m", "odmoe_server", "keys", "file/keys"],
+        check=False, capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert asked.returncode == 1
+    assert asked.stderr.startswith("odmoe: cannot use file/")
+    assert len(asked.stderr.splitlines()) == 1
+
+
 def test_a_thin_command_loads_no_torch() -> None:
     probe = "import sys, odmoe_server.cli, odmoe_server.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], timeout=60, env=dict(os.environ), check=False).returncode == 0

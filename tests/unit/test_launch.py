@@ -221,6 +221,14 @@ def test_what_one_waits_for(answer: dict[str, object], patient: bool, said: str 
     assert launch.obstacle(answer, expected=expected, patient=patient) == said
 
 
+def test_who_was_asked_to_end_hears_no_warnings_of_it() -> None:
+    output = io.StringIO()
+    voices = launch.Voices(console=Console(file=output, width=200), all_of_it=False, ending=True)
+    voices.forward("node-0", "12:00 WARNING the server says bye")
+    voices.forward("node-0", "12:00 ERROR   and this is bad")
+    assert output.getvalue().splitlines() == ["node-0    | 12:00 ERROR   and this is bad"]
+
+
 def test_the_quiet_are_heard_when_they_die() -> None:
     output = io.StringIO()
     voices = launch.Voices(console=Console(file=output, width=200), all_of_it=False)

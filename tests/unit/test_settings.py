@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 
-from odmoe_wire.settings import EXIT_USAGE, RoleSettings, SettingsError, describe, load, parse, table
+from odmoe_wire.settings import EXIT_USAGE, RoleSettings, SettingsError, _metavar, describe, load, parse, summary, table
 
 
 class ShopSettings(RoleSettings):
@@ -186,6 +186,16 @@ def test_help_names_flags_units_defaults_and_variables(capsys: pytest.CaptureFix
     assert "--store-dir DIR where the goods are (required)" in text
     assert "--backend {cpu,cuda}" in text
     assert "default: None" not in text
+
+
+@pytest.mark.parametrize(("name", "unit"), [("patience_s", "SECONDS"), ("tokens_per_s", "X"), ("link_gb_per_s", "X")])
+def test_a_rate_is_no_time(name: str, unit: str) -> None:
+    assert _metavar(name, "float") == unit
+
+
+def test_the_summary_tells_what_is_not_as_usual() -> None:
+    told = summary(shop("--store-dir", "/x"), prog="odmoe-shop")
+    assert told == "odmoe-shop: store_dir /x (flag --store-dir); everything else as odmoe-shop --help says"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

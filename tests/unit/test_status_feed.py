@@ -131,6 +131,11 @@ def test_what_peers_say_cannot_play_with_the_terminal() -> None:
     assert "node n left: ]0;owned gone" in text
 
 
+def test_an_address_without_its_scheme_is_told_in_a_line() -> None:
+    with pytest.raises(terminal.StatusError, match="--url begins with http://"):
+        terminal.show("nonsense", api_key=None, once=True, as_json=False, console=Console())
+
+
 def test_a_server_that_is_not_there_is_told_in_a_line() -> None:
-    with pytest.raises(terminal.StatusError, match=r"no answer from http://127\.0\.0\.1:9"):
+    with pytest.raises(terminal.StatusError, match=r"no answer from http://127\.0\.0\.1:9 .*odmoe serve"):
         terminal.show("http://127.0.0.1:9", api_key=None, once=True, as_json=False, console=Console())

@@ -59,12 +59,22 @@ def refuse(request: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError("refused", request=request)
 
 
+def vanish(request: httpx.Request) -> httpx.Response:
+    raise httpx.ReadError("reset", request=request)
+
+
+def stay_silent(request: httpx.Request) -> httpx.Response:
+    raise httpx.ReadTimeout("", request=request)
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
         (refuse, "odmoe serve"),
+        (vanish, "went away; start it again"),
+        (stay_silent, "is silent; see what it does: odmoe status"),
         (lambda request: httpx.Response(503, json={"error": {"message": "loading"}}), r"loading \(status 503\)"),
-        (lambda request: httpx.Response(502, text="<html>"), "status 502"),
+        (lambda request: httpx.Response(502, text="<html>"), r"with --url \(status 502\)"),
         (lambda request: streamed("a", end='data: {"error": {"message": "lost"}}\n\n'), "lost"),
         (lambda request: streamed("a", end=""), "in the middle"),
         (lambda request: httpx.Response(200, text="data: no json\n\n"), "does not look like"),
@@ -74,6 +84,11 @@ def test_failures_in_words(answer: Answer, says: str) -> None:
     talk = conversation(answer)
     with pytest.raises(chat.ChatError, match=says):
         list(talk.ask("Hi"))
+
+
+def test_an_address_without_its_scheme() -> None:
+    with chat.connect("localhost:8000", api_key=None) as client, pytest.raises(chat.ChatError, match="--url begins"):
+        chat.first_model(client)
 
 
 def test_the_first_model() -> None:

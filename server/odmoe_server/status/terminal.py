@@ -37,8 +37,10 @@ def follow(url: str, *, api_key: str | None) -> Iterator[Status]:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     yield _status(line.removeprefix("data: "))
+    except httpx.UnsupportedProtocol:
+        raise StatusError("--url begins with http:// or https://, such as http://127.0.0.1:8000") from None
     except httpx.HTTPError as error:
-        raise StatusError(f"no answer from {url}: {error}") from error
+        raise StatusError(f"no answer from {url} ({error}); start a server: odmoe serve, or name one: --url") from error
 
 
 def _status(text: str) -> Status:
