@@ -74,9 +74,11 @@ class Ten:
 
     def is_whole(self) -> bool:
         """Whether everyone takes part."""
-        health = self.health()
-        alive = {node["id"] for node in health.get("nodes", ()) if node["alive"]}
-        return health.get("state") == "ready" and {"predictor", *NODES} <= alive
+        return self.health().get("state") == "ready" and {"predictor", *NODES} <= self.alive()
+
+    def alive(self) -> set[str]:
+        """Who takes part, by the server's word."""
+        return {node["id"] for node in self.health().get("nodes", ()) if node["alive"]}
 
     def is_healthy(self, service: str) -> bool:
         """What the engine's own health check says."""

@@ -5,6 +5,7 @@ Everything is real: engine, images, networks, keys, the OpenAI SDK. Takes minute
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif("ODMOE_TEST_CONTAINERS" not in os.environ, reason="make test-containers runs it"),
 ]
 NUM_TOKENS = 48
+AWAY_S = 15.0  # looking up the name of a container that is gone takes 10 s by itself
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,19 @@ def test_hurt_in_mid_stream_the_answer_stays_the_same(
     mend(cluster, victim)
     cluster.until(cluster.is_whole, "all to take part again")
     assert stream(cluster, question) == question.answer
+
+
+def test_a_predictor_that_stays_away_costs_no_node(cluster: Ten, asked: tuple[Path, list[Question]]) -> None:
+    """The name of a container that is down is answered by nobody: looking it up may not cost nodes their other link."""
+    cluster.kill("predictor")
+    until_s = time.monotonic() + AWAY_S
+    while time.monotonic() < until_s:
+        missing = set(NODES) - cluster.alive()
+        assert not missing, f"{missing} went too\n{cluster.last_words()}"
+        time.sleep(0.5)
+    assert stream(cluster, asked[1][0]) == asked[1][0].answer
+    cluster.start("predictor")
+    cluster.until(cluster.is_whole, "all to take part again")
 
 
 def test_the_server_restarts_and_everyone_comes_back(cluster: Ten, asked: tuple[Path, list[Question]]) -> None:
