@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from odmoe_server.engine.rota import MOST_HELD_UP, MOST_LANES, Patience, Rota
+from odmoe_server.engine.rota import CHUNKS_TOGETHER, MOST_HELD_UP, MOST_LANES, Patience, Rota
 
 
 @dataclass
@@ -40,9 +40,9 @@ def test_only_prompts_do_not_wait_for_answers() -> None:
 @pytest.mark.parametrize(
     ("tokens", "expected"), [((3, 5), "PQ"), ((3, 6), "P"), ((9, 1), "P"), ((4, 5, 4), "PR"), ((2, 2, 2, 2, 1), "PQRS")]
 )
-def test_prompts_share_a_chunk_whole_in_the_order_they_came(tokens: tuple[int, ...], expected: str) -> None:
+def test_prompts_share_a_step_whole_in_the_order_they_came(tokens: tuple[int, ...], expected: str) -> None:
     runners = [prompt(name, count) for name, count in zip("PQRST", tokens, strict=False)]
-    assert names(Rota(chunk=8).next_batch(runners)) == expected
+    assert names(Rota(chunk=8 // CHUNKS_TOGETHER).next_batch(runners)) == expected
 
 
 def test_prompts_that_need_one_piece_go_one_by_one() -> None:
