@@ -23,6 +23,10 @@ class Liveness:
         """Any message came from the peer."""
         self._heard_s = max(self._heard_s, now_s)
 
+    def excuse(self, late_s: float, now_s: float) -> None:
+        """We could not hear anybody for so long; that much of its silence is not the peer's."""
+        self._heard_s = min(now_s, self._heard_s + late_s)
+
     def said(self, now_s: float) -> None:
         """A life sign went to the peer."""
         self._said_s = max(self._said_s, now_s)

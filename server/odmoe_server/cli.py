@@ -212,9 +212,7 @@ def status(
     from odmoe_server.status import terminal
 
     with one_line_errors():
-        console = Console()
-        # Into a pipe or a file goes one picture: nobody is there to end it.
-        terminal.show(url, api_key=api_key, once=once or not console.is_terminal, as_json=as_json, console=console)
+        terminal.show(url, api_key=api_key, once=once, as_json=as_json, console=Console())
 
 
 @app.command()

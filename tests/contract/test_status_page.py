@@ -149,6 +149,8 @@ def test_the_terminal_command_against_a_server(capsys: pytest.CaptureFixture[str
     with serving(ScriptedEngine(), api_keys=(KEY,)) as url:
         terminal.show(url, api_key=KEY, once=True, as_json=False, console=Console(width=120))
         assert "node-0" in capsys.readouterr().out
+        terminal.show(url, api_key=KEY, once=False, as_json=False, console=Console(width=120))
+        assert "node-0" in capsys.readouterr().out, "no terminal: one picture, and an end"
         terminal.show(url, api_key=KEY, once=False, as_json=True, console=Console(width=120))
         assert msgspec.json.decode(capsys.readouterr().out.encode(), type=Status).model == "test/tiny"
         with pytest.raises(terminal.StatusError, match="wants another API key"):

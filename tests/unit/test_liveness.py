@@ -18,6 +18,20 @@ def test_lost_only_after_silence(liveness: Liveness) -> None:
     assert liveness.lost(15.5)
 
 
+def test_silence_while_nobody_could_be_heard_is_not_the_peers(liveness: Liveness) -> None:
+    liveness.excuse(2.0, 12.5)  # from 10.5 to 12.5 we stood still
+    assert not liveness.lost(14.999)
+    assert liveness.lost(15.0)
+    for now_s in range(15, 20):  # standing still for half of the time, it takes twice as long, not for ever
+        liveness.excuse(0.5, float(now_s))
+    assert liveness.lost(19.0)
+
+
+def test_no_more_is_excused_than_there_was(liveness: Liveness) -> None:
+    liveness.excuse(9.0, 11.0)
+    assert liveness.silence_s(11.0) == 0.0
+
+
 def test_due_each_period_whatever_was_heard(liveness: Liveness) -> None:
     liveness.heard(10.9)
     assert not liveness.due(10.999)

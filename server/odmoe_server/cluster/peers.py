@@ -102,10 +102,10 @@ class Peers:
         """Any message is a life sign."""
         self.admitted[peer_id].liveness.heard(now)
 
-    def excuse(self, now: float) -> None:
-        """We stood still and could not hear anybody: their silence begins now."""
-        for peer_id in self.admitted:
-            self.heard(peer_id, now)
+    def excuse(self, *, late_s: float, now: float) -> None:
+        """We stood still for so long and could not hear anybody."""
+        for peer in self.admitted.values():
+            peer.liveness.excuse(late_s, now)
 
     def admit(self, peer_id: str, hello: Hello, now: float) -> list[Action]:
         """Take a peer in, or refuse it. The caller has removed a former incarnation already."""

@@ -207,7 +207,7 @@ class ClusterState:
     def _tick(self, event: TimePassed, now: float) -> list[Action]:
         actions: list[Action] = []
         if event.late_s >= STOOD_STILL_S:
-            self.peers.excuse(now)
+            self.peers.excuse(late_s=event.late_s, now=now)
             self.dispatch.excuse(late_s=event.late_s, now=now)
         for peer_id in self.peers.lost(now):
             actions += self._lost(peer_id, now, reason=f"silent for {self.config.lost_after_s} s")

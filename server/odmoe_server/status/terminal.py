@@ -53,9 +53,10 @@ def _status(text: str) -> Status:
 
 
 def show(url: str, *, api_key: str | None, once: bool, as_json: bool, console: Console) -> None:
-    """Until the server or the user ends it; with `once`, one picture that has rates in it. Raises StatusError."""
+    """Until the server or the user ends it; with `once`, and into a pipe or a file, where nobody would end it, one
+    picture that has rates in it. Raises StatusError."""
     pictures = follow(url, api_key=api_key)
-    if once or as_json:
+    if once or as_json or not console.is_terminal:
         next(pictures, None)  # the first has no rates yet
         status = next(pictures, None)
         if status is None:
