@@ -1,4 +1,4 @@
-"""What the operating system says this process uses. Knows nothing of arenas."""
+"""What the operating system says this process uses, and what there is. Knows nothing of arenas."""
 
 import os
 import resource
@@ -14,3 +14,8 @@ def resident_bytes() -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
     return pages * os.sysconf("SC_PAGESIZE")
+
+
+def physical_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")

@@ -28,9 +28,15 @@ def _libc() -> Any:
 def fetch_pages(mapped: Tensor) -> None:
     """Have the kernel bring the pages of a view of a mapped file. Raises OSError where it cannot, because the disk
     fails or the file was cut short: to touch such a page would end the process (SIGBUS). Elsewhere than on Linux, and
-    on kernels that do not know the call, it does nothing."""
-    if sys.platform != "linux" or not mapped.numel():
+    on kernels that do not know the call, it touches them, if they lie in one piece."""
+    if not mapped.numel() or (sys.platform == "linux" and _populate(mapped)):
         return
+    if mapped.is_contiguous():
+        mapped.view(-1)[:: mmap.PAGESIZE // mapped.element_size()].max()  # any use of them will do
+
+
+def _populate(mapped: Tensor) -> bool:
+    """False on a kernel that does not know the call."""
     first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     steps = sum((size - 1) * stride for size, stride in zip(mapped.shape, mapped.stride(), strict=True))
     end = mapped.data_ptr() + (steps + 1) * mapped.element_size()
@@ -39,6 +45,8 @@ def fetch_pages(mapped: Tensor) -> None:
         if code != errno.EINVAL:
             reason = f"the store file cannot be read ({os.strerror(code)}): it was cut short, or the disk fails"
             raise OSError(code, reason)
+        return False
+    return True
 
 
 def page_forgetter() -> Callable[[Tensor], None]:

@@ -59,6 +59,14 @@ def test_pages_that_are_there_are_fetched_and_those_that_are_not_are_an_error(st
     assert failure.value.errno == errno.EFAULT
 
 
+def test_a_file_cut_short_under_an_expert_in_a_slot_fails_what_asks_for_it(store_path: Path) -> None:
+    bank = open_bank(ExpertStore.open(store_path, verify=False), num_slots=1, device="cpu")
+    bank.load(0, LAST_LAYER, 7)
+    os.truncate(layer_file(store_path), 0)
+    with pytest.raises(OSError, match="cut short"):
+        bank.rows(0, torch.zeros(1, 64))
+
+
 def test_slices_too(store_path: Path) -> None:
     store = ExpertStore.open(store_path, verify=False)
     bank = open_bank(store, num_slots=1, device="cpu", budget_bytes=store.manifest.record_bytes // 2)

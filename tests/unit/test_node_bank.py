@@ -1,12 +1,16 @@
 """Slots' memory: the bytes that move are the store's, and there are as many as were allowed."""
 
 import logging
+import mmap
+from typing import Any
 
 import pytest
 import torch
 
 from odmoe_model.experts import ExpertMaths
 from odmoe_model.store import ExpertStore
+from odmoe_node import bank as bank_module
+from odmoe_node import pages
 from odmoe_node.bank import CpuBank, CudaBank, SlotBank, open_bank, slots_within
 from odmoe_node.pages import page_forgetter
 from odmoe_node.stopping import BrokenOffError
@@ -32,15 +36,37 @@ def test_a_slot_computes_what_was_loaded_into_it(store: ExpertStore) -> None:
     check_bank(open_bank(store, num_slots=2, device="cpu"), store, exact=True)
 
 
-def test_a_load_moves_bytes_into_the_arena_and_away_from_the_mapping(store: ExpertStore) -> None:
-    """After it the slot has bytes of its own, and the record's pages were given back by its address."""
+def test_a_slot_holds_the_stores_own_pages_until_the_next_load_gives_them_back(store: ExpertStore) -> None:
     forgotten: list[int] = []
-    bank = CpuBank(store, num_slots=1, forget=lambda mapped_B: forgotten.append(mapped_B.data_ptr()))
+    bank = CpuBank(store, num_slots=2, forget=lambda mapped_B: forgotten.append(mapped_B.data_ptr()))
     bank.load(0, 1, 3)
+    bank.load(1, 2, 4)
+    assert forgotten == []
+    bank.load(0, 2, 4)
     assert forgotten == [store.record(1, 3).data_ptr()]
-    assert bank._slots_B[0].data_ptr() != store.record(1, 3).data_ptr()
-    assert torch.equal(bank._slots_B[0], store.record(1, 3))
-    assert bank.arena_bytes == bank._slots_B[0].untyped_storage().nbytes()
+    bank.load(1, 0, 0)
+    assert forgotten == [store.record(1, 3).data_ptr()], "the other slot has this one too"
+    bank.load(0, 0, 1)
+    assert forgotten == [store.record(1, 3).data_ptr(), store.record(2, 4).data_ptr()]
+    assert bank.arena_bytes == 2 * store.manifest.record_bytes
+
+
+def test_pages_are_touched_where_the_kernel_does_not_bring_them(store: ExpertStore) -> None:
+    record_B = store.record(0, 0)
+    touched: list[int] = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.max:
+                touched.append(args[0].numel())
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages.sys, "platform", "other")
+        pages.fetch_pages(record_B.as_subclass(Watched))
+        pages.fetch_pages(record_B[:0])
+    assert touched == [-(-record_B.numel() // mmap.PAGESIZE)]
 
 
 def test_forgotten_pages_are_read_again(store: ExpertStore) -> None:
@@ -82,9 +108,29 @@ class StopAfter:
         raise AssertionError("a bank that copies does not sleep")
 
 
-def check_stopping(bank: CpuBank | CudaBank, store: ExpertStore) -> None:
-    """A load stops at the next chunk, and another one into the same slot is as if it had not been."""
+def test_a_load_that_is_told_to_stop_stops_at_the_next_chunk(
+    store: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    monkeypatch.setattr(bank_module, "fetch_pages", lambda mapped_B: fetched.append(mapped_B.numel()))
+    forgotten: list[int] = []
+    bank = CpuBank(store, num_slots=1, forget=lambda mapped_B: forgotten.append(mapped_B.data_ptr()))
     bank.CHUNK_BYTES = bank.record_bytes // 4 + 1
+    with pytest.raises(BrokenOffError):
+        bank.load(0, 2, 5, stop=StopAfter(2))
+    assert fetched == [bank.CHUNK_BYTES] * 2
+    assert bank.load(0, 0, 1, stop=StopAfter(4)) > 0
+    assert sum(fetched[2:]) == bank.record_bytes
+    assert forgotten == [store.record(2, 5).data_ptr()], "the pages read in vain are given back too"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_load_to_cuda_that_is_told_to_stop_stops_at_the_next_chunk(
+    store: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one into the same slot is as if it had not been."""
+    monkeypatch.setattr(CudaBank, "CHUNK_BYTES", store.manifest.record_bytes // 4 + 1)
+    bank = CudaBank(store, num_slots=1, forget=lambda mapped_B: None)
     bank.load(0, 1, 0)
     with pytest.raises(BrokenOffError):
         bank.load(0, 2, 5, stop=StopAfter(2))
@@ -93,22 +139,6 @@ def check_stopping(bank: CpuBank | CudaBank, store: ExpertStore) -> None:
     assert not arrived_B[2 * bank.CHUNK_BYTES :].all()
     assert bank.load(0, 0, 1, stop=StopAfter(4)) > 0
     assert torch.equal(bank._slots_B[0].cpu(), store.record(0, 1))
-
-
-def test_a_load_that_is_told_to_stop_stops_at_the_next_chunk(store: ExpertStore) -> None:
-    forgotten: list[int] = []
-    bank = CpuBank(store, num_slots=1, forget=lambda mapped_B: forgotten.append(mapped_B.data_ptr()))
-    check_stopping(bank, store)
-    assert forgotten[1] == store.record(2, 5).data_ptr(), "the pages read in vain are given back too"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_load_to_cuda_that_is_told_to_stop_stops_at_the_next_chunk(store: ExpertStore) -> None:
-    CudaBank.CHUNK_BYTES, before = store.manifest.record_bytes // 4 + 1, CudaBank.CHUNK_BYTES
-    try:
-        check_stopping(CudaBank(store, num_slots=1, forget=lambda mapped_B: None), store)
-    finally:
-        CudaBank.CHUNK_BYTES = before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
