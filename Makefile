@@ -55,7 +55,8 @@ $(READY): pyproject.toml constraints.txt
 	[ -n "$$python" ] || { echo "odmoe needs Python 3.11 or newer; none was found (make setup PYTHON=/path/to/python)" >&2; exit 1; }
 	echo "setting up $(VENV) with $$python: a few minutes the first time"
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt \
+	quiet=-qq; if [ -t 1 ]; then quiet=; fi  # who looks on sees it go on
+	$(BIN)/python -m pip --disable-pip-version-check install $$quiet -c constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[server,bench,dev,fuzz,otel]'
 	touch $(READY)
 
