@@ -43,7 +43,8 @@ class SlotBank(Protocol):
 
     def rows(self, slot: int, x_NH: Tensor, runs: Sequence[int] = ()) -> Tensor:
         """y_NH: the slot's expert on CPU rows, unweighted, back on the CPU. Each of the `runs`, which have so many
-        rows each, gets the bits of a call of its own; without, all rows are one. Raises RuntimeError."""
+        rows each, gets the bits of a call of its own; without, all rows are one. Raises RuntimeError, and OSError where
+        the store is looked at again."""
         ...
 
 
