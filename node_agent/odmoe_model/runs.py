@@ -62,13 +62,16 @@ def linear_of_runs(
     """Each run of the rows [N, K] times the weight: those of up to `most` rows, for which products of so many are known
     to agree, in as few products as that allows, and `alone` those that are longer."""
     products: list[Tensor] = []
-    for is_short, group in groupby(zip(runs, torch.split(x, list(runs)), strict=True), lambda run: run[0] <= most):
-        parts = [part for _, part in group]
+    start = 0
+    for is_short, group in groupby(runs, lambda length: length <= most):
+        lengths = list(group)
+        part = x[start : start + sum(lengths)]
+        start += sum(lengths)
         if is_short:
-            products.append(linear_together(torch.cat(parts), weight_MK, most=most))
+            products.append(linear_together(part, weight_MK, most=most))
         else:
-            products += map(alone, parts)
-    return torch.cat(products)
+            products += map(alone, torch.split(part, lengths))
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 @cache
